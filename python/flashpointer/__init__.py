@@ -1,0 +1,19 @@
+"""Fused kernels, with autograd, for the ZLPR multi-label loss and GlobalPointer span heads.
+
+    import flashpointer as fp
+
+    loss = fp.zlpr_loss(scores, labels)
+
+On a CUDA device the ops run as Triton kernels, elsewhere as tiled PyTorch: ``python -m flashpointer`` says which.
+"""
+
+from importlib.metadata import version as _version
+
+from . import nn, reference
+from .backends import use_backend
+from .ops.sparse_zlpr_loss import sparse_zlpr_loss
+from .ops.zlpr_kl_div import zlpr_kl_div
+from .ops.zlpr_loss import zlpr_loss
+
+__version__ = _version("flashpointer")
+__all__ = ["nn", "reference", "sparse_zlpr_loss", "use_backend", "zlpr_kl_div", "zlpr_loss"]

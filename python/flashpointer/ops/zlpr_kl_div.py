@@ -1,0 +1,118 @@
+"""``zlpr_kl_div``: the symmetric KL divergence between two score vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import backends, reference
+from . import _checks, _rows
+
+OP = "zlpr_kl_div"
+
+
+def zlpr_kl_div(
+    scores: torch.Tensor,
+    other: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Symmetric KL divergence between two score vectors of multi-label classifiers, for R-Drop and distillation.
+
+    For each row, with f = sigmoid::
+
+        D(s, t) = sum_i (f(s_i) - f(t_i)) (s_i - t_i)
+
+    Args:
+        scores: ``[..., C]``, float16, bfloat16, float32 or float64.
+        other: the same shape and dtype. Gradients flow to both, where they require any.
+        mask: bool, broadcastable to the shape of scores: False leaves a cell out, whatever it holds. A cell where both
+            scores are -inf, invalid in both, is left out too.
+        reduction: ``"none"`` gives ``[...]``; ``"sum"``; ``"mean"`` over the rows, 0 over no rows.
+
+    Returns:
+        float32, or float64 for float64 scores.
+
+    Raises:
+        TypeError, ValueError: for an argument of wrong type, shape, device or value.
+        RuntimeError: for second derivatives.
+
+    References:
+        https://kexue.fm/archives/9039
+    """
+    _checks.check_scores(OP, scores)
+    _checks.check_scores(OP, other, "other")
+    if other.shape != scores.shape or other.dtype != scores.dtype:
+        raise ValueError(
+            f"{OP}: other must have the shape and dtype of scores, {_checks.describe(scores)}; got {_checks.describe(other)}"
+        )
+    _checks.check_device(OP, "other", other, scores)
+    mask = _checks.check_mask(OP, mask, scores)
+    _checks.check_reduction(OP, reduction)
+    backend = backends.choose(scores)
+    if backend == "reference":
+        return reference.zlpr_kl_div(scores, other, mask, reduction)
+    loss: torch.Tensor = _op(scores, other, mask, reduction, backend)
+    return loss
+
+
+def _compute(
+    scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None, reduction: str, backend: str
+) -> torch.Tensor:
+    losses = backends.implementation(OP, backend).forward(*_rows.fold(scores, other, mask))
+    return _rows.reduce(losses, scores.shape[:-1], reduction)
+
+
+def _compute_backward(
+    scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None, upstream: torch.Tensor, reduction: str,
+    need_scores: bool, need_other: bool, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    lead = scores.shape[:-1]
+    factor = 1.0 / max(1, lead.numel()) if reduction == "mean" else 1.0
+    grads = backends.implementation(OP, backend).backward(
+        *_rows.fold(scores, other, mask), upstream.expand(lead).reshape(-1), factor, need_scores, need_other
+    )
+    return tuple(  # type: ignore[return-value]
+        grad.view(scores.shape) if needed else grad for grad, needed in zip(grads, (need_scores, need_other), strict=True)
+    )
+
+
+def _fake_backward(
+    scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None, upstream: torch.Tensor, reduction: str,
+    need_scores: bool, need_other: bool, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return scores.new_empty(scores.shape if need_scores else 0), other.new_empty(other.shape if need_other else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    scores, other, mask, ctx.reduction, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(scores, other, mask)
+
+
+def _backward(ctx: Any, upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    _rows.refuse_second_derivative(OP)
+    need_scores, need_other = ctx.needs_input_grad[:2]
+    if upstream is None:
+        return None, None, None, None, None
+    grad_scores, grad_other = _op_backward(
+        *ctx.saved_tensors, upstream, ctx.reduction, need_scores, need_other, ctx.backend
+    )
+    return grad_scores if need_scores else None, grad_other if need_other else None, None, None, None
+
+
+_op_backward = _rows.register(
+    "zlpr_kl_div_backward(Tensor scores, Tensor other, Tensor? mask, Tensor upstream, str reduction, bool need_scores,"
+    " bool need_other, str backend) -> (Tensor grad_scores, Tensor grad_other)",
+    _compute_backward,
+    _fake_backward,
+)
+_op = _rows.register(
+    "zlpr_kl_div(Tensor scores, Tensor other, Tensor? mask, str reduction, str backend) -> Tensor",
+    _compute,
+    lambda scores, other, mask, reduction, backend: _rows.fake_loss(scores, reduction),
+    _setup_context,
+    _backward,
+)

@@ -1,0 +1,125 @@
+"""``zlpr_loss``: the ZLPR loss with dense labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import backends, reference
+from . import _checks, _rows
+
+OP = "zlpr_loss"
+
+
+def zlpr_loss(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Zero-bounded log-sum-exp and pairwise rank-based loss: multi-label cross entropy with the threshold at score 0.
+
+    For each row, with labels t in [0, 1]::
+
+        loss = log(1 + sum_i (1 - t_i) exp(s_i)) + log(1 + sum_i t_i exp(-s_i))
+
+    After training a class is predicted where its score is above 0, and ``sigmoid(2 * score)`` is its probability.
+
+    Args:
+        scores: ``[..., C]``, float16, bfloat16, float32 or float64: one row of C class scores for each leading index. A
+            score of -inf marks an invalid cell, as ``pointer_scores`` does, and leaves both terms whatever its label.
+        labels: ``[..., C]``, the shape of scores. bool or integer: hard, 1 for a positive, 0 for a negative. Floating:
+            soft, the probability of being positive, in [0, 1]. -100 leaves a cell out of both terms. No gradient.
+        mask: bool, broadcastable to the shape of scores: False leaves a cell out of both terms, whatever its score and
+            label.
+        reduction: ``"none"`` gives ``[...]``; ``"sum"``; ``"mean"`` over the rows. A row with nothing in it has loss 0,
+            and so has a mean over no rows.
+
+    Returns:
+        float32, or float64 for float64 scores.
+
+    Raises:
+        TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a label that is none makes
+            the loss of its row NaN; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error there too.
+        RuntimeError: for second derivatives.
+
+    References:
+        Su et al. 2022, *ZLPR: A Novel Loss for Multi-label Classification*, arXiv:2208.02955. Soft labels:
+        https://kexue.fm/archives/9064
+    """
+    _checks.check_scores(OP, scores)
+    _checks.check_tensor(
+        OP, "labels", labels, "a bool, integer or floating-point tensor", (torch.bool, *_checks.INTEGERS, *_checks.FLOATS)
+    )
+    if labels.shape != scores.shape:
+        raise ValueError(
+            f"{OP}: labels must have the shape of scores, {tuple(scores.shape)}; got {_checks.describe(labels)}"
+        )
+    _checks.check_device(OP, "labels", labels, scores)
+    _checks.check_no_grad(OP, "labels", labels, "use labels.detach()")
+    mask = _checks.check_mask(OP, mask, scores)
+    _checks.check_reduction(OP, reduction)
+    backend = backends.choose(scores)
+    if backend == "reference":
+        _check_values(labels, mask)
+        return reference.zlpr_loss(scores, labels, mask, reduction)
+    with_grad = scores.requires_grad and torch.is_grad_enabled()
+    loss: torch.Tensor = _op(scores, labels, mask, reduction, with_grad, backend)[0]
+    return loss
+
+
+@torch.compiler.disable
+def _check_values(labels: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raises ValueError for a label outside [0, 1] that is not -100; on a GPU, where to look is to wait, if asked to."""
+    if labels.dtype == torch.bool or labels.numel() == 0:
+        return
+    if labels.device.type != "cpu" and not backends.CHECK_INDICES:
+        return
+    least, most = torch.aminmax(labels)
+    if least >= 0 and most <= 1:
+        return
+    wrong = ~(((labels >= 0) & (labels <= 1)) | (labels == -100))
+    if mask is not None:
+        wrong &= mask
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"{OP}: labels takes 0 to 1, or -100 for a cell to leave out; got {labels[where].item()} at {where}"
+        )
+
+
+def _compute(
+    scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, reduction: str, with_grad: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_values(labels, mask)
+    losses, grad = backends.implementation(OP, backend).forward(
+        *_rows.fold(scores, labels, mask), _rows.grad_scales(scores, reduction)[0], with_grad
+    )
+    return _rows.reduce(losses, scores.shape[:-1], reduction), grad.view(scores.shape) if with_grad else grad
+
+
+def _fake(
+    scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, reduction: str, with_grad: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rows.fake_loss(scores, reduction), scores.new_empty(scores.shape if with_grad else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    scores, _, _, reduction, _, backend = inputs
+    _rows.save_gradient(ctx, scores, reduction, backend, output[1])
+
+
+def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    return _rows.stored_gradient(ctx, OP, upstream), None, None, None, None, None
+
+
+_op = _rows.register(
+    "zlpr_loss(Tensor scores, Tensor labels, Tensor? mask, str reduction, bool with_grad, str backend)"
+    " -> (Tensor loss, Tensor grad)",
+    _compute,
+    _fake,
+    _setup_context,
+    _backward,
+)

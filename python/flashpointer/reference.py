@@ -1,0 +1,74 @@
+"""The formulas in eager PyTorch, as on a blackboard: the oracle in float64, and the baseline of every benchmark.
+
+Differentiated by PyTorch. Computed in float32 at least, whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def _upcast(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _reduce(losses: torch.Tensor, reduction: str) -> torch.Tensor:
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" and losses.numel() > 0 else losses.sum()
+
+
+def _log_one_plus_sum_exp(exponents: torch.Tensor) -> torch.Tensor:
+    """log(1 + sum_i exp(x_i)) over the last dimension."""
+    zero = torch.zeros_like(exponents[..., :1]) if exponents.shape[-1] else exponents.new_zeros((*exponents.shape[:-1], 1))
+    return torch.logsumexp(torch.cat([zero, exponents], dim=-1), dim=-1)
+
+
+def zlpr_loss(
+    scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None, reduction: str = "mean"
+) -> torch.Tensor:
+    """log(1 + sum_i (1 - t_i) exp(s_i)) + log(1 + sum_i t_i exp(-s_i)) of each row."""
+    s = _upcast(scores)
+    valid = s != -torch.inf
+    if mask is not None:
+        valid = valid & mask
+    if labels.dtype != torch.bool:
+        valid = valid & (labels != -100)
+    s = s.masked_fill(~valid, 0.0)
+    if labels.is_floating_point():
+        t = labels.to(s.dtype).masked_fill(~valid, 0.0)
+        negatives = torch.where(t < 1, s + torch.log1p(-t), -torch.inf)
+        positives = torch.where(t > 0, -s + torch.log(t), -torch.inf)
+    else:
+        negatives = s.masked_fill(labels == 1, -torch.inf)
+        positives = (-s).masked_fill(labels != 1, -torch.inf)
+    negatives = negatives.masked_fill(~valid, -torch.inf)
+    positives = positives.masked_fill(~valid, -torch.inf)
+    return _reduce(_log_one_plus_sum_exp(negatives) + _log_one_plus_sum_exp(positives), reduction)
+
+
+def sparse_zlpr_loss(
+    scores: torch.Tensor,
+    positives: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """``zlpr_loss`` of the labels that ``positives`` lists."""
+    listed = positives.long()
+    keep = (listed >= 0) & (listed < scores.shape[-1]) & (listed != ignore_index)
+    labels = torch.zeros((*scores.shape[:-1], scores.shape[-1] + 1), dtype=torch.bool, device=scores.device)
+    labels = labels.scatter(-1, torch.where(keep, listed, scores.shape[-1]), True)[..., :-1]
+    return zlpr_loss(scores, labels, mask, reduction)
+
+
+def zlpr_kl_div(
+    scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None = None, reduction: str = "mean"
+) -> torch.Tensor:
+    """sum_i (sigmoid(s_i) - sigmoid(t_i)) (s_i - t_i) of each row."""
+    s, t = _upcast(scores), _upcast(other)
+    left_out = (s == -torch.inf) & (t == -torch.inf)
+    if mask is not None:
+        left_out = left_out | ~mask
+    s, t = s.masked_fill(left_out, 0.0), t.masked_fill(left_out, 0.0)
+    return _reduce(((torch.sigmoid(s) - torch.sigmoid(t)) * (s - t)).sum(-1), reduction)

@@ -1,0 +1,162 @@
+"""The ZLPR loss of each row, and its gradient in the same pass: ``kernels/zlpr_loss.py`` has the mathematics.
+
+Where every score of a tile lies within +-60 (the rule on a CPU, which can look), no pivot is needed: exp overflows
+nowhere, exp(-s) is 1 / exp(s), and whatever underflows is nothing beside the 1 inside the logarithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ._tiles import column_tiles, computing_dtype, row_tiles
+
+SAFE = 60.0
+
+# (outer index, rows, columns, out) fills ``out`` with the labels of a tile: 0 to 1, or -100 for a cell to leave out.
+LabelReader = Callable[[int, slice, slice, torch.Tensor], None]
+
+
+class Terms(NamedTuple):
+    """A tile's weighted exponentials under their rows' pivots: m [rows, 1] (None stands for 0) and e [rows, columns]."""
+
+    m_n: torch.Tensor | None
+    e_n: torch.Tensor
+    m_p: torch.Tensor | None
+    e_p: torch.Tensor
+
+
+def forward(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    grad_scale: float,
+    with_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``kernels.zlpr_loss.forward``; float64 scores have a float64 loss."""
+
+    def read(o: int, rows: slice, columns: slice, out: torch.Tensor) -> None:
+        out.copy_(labels[o, rows, columns])
+
+    return sweep(scores, read, labels.dtype == torch.bool, mask, grad_scale, with_grad)
+
+
+def sweep(
+    scores: torch.Tensor,
+    read_labels: LabelReader,
+    labels_surely_valid: bool,
+    mask: torch.Tensor | None,
+    grad_scale: float,
+    with_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient with the labels of each tile from ``read_labels``."""
+    outer, inner, classes = scores.shape
+    dtype = computing_dtype(scores.dtype)
+    loss = torch.zeros((outer, inner), dtype=dtype, device=scores.device)
+    grad = torch.empty(scores.shape if with_grad else 0, dtype=scores.dtype, device=scores.device)
+    columns = column_tiles(classes)
+    if not columns:
+        return loss, grad
+    work: list[torch.Tensor] = []
+
+    def terms(o: int, rows: slice, cols: slice) -> Terms:
+        shape = (rows.stop - rows.start, cols.stop - cols.start)
+        if not work or work[0].shape != shape:
+            work[:] = [torch.empty(shape, dtype=dtype, device=scores.device) for _ in range(3)]
+        p, n, u = work
+        read_labels(o, rows, cols, p)
+        left_out = None if mask is None else ~mask[o, rows, cols]
+        return tile_terms(scores[o, rows, cols].to(dtype), p, n, u, left_out, labels_surely_valid)
+
+    for o, rows in row_tiles(outer, inner, classes):
+        tile: Terms | None = None
+        log_n, log_p = LogSum(), LogSum()
+        for cols in columns:
+            tile = terms(o, rows, cols)
+            log_n.add(tile.m_n, tile.e_n)
+            log_p.add(tile.m_p, tile.e_p)
+        l_n, l_p = log_n.value(), log_p.value()
+        loss[o, rows] = (l_n + l_p).squeeze(-1)
+        if with_grad:
+            for cols in columns:
+                if len(columns) > 1 or tile is None:
+                    tile = terms(o, rows, cols)
+                tile.e_n.mul_(factor(tile.m_n, l_n, grad_scale))
+                tile.e_p.mul_(factor(tile.m_p, l_p, grad_scale))
+                torch.sub(tile.e_n, tile.e_p, out=tile.e_n)
+                grad[o, rows, cols] = tile.e_n
+    return loss, grad
+
+
+def tile_terms(
+    s: torch.Tensor,
+    p: torch.Tensor,
+    n: torch.Tensor,
+    u: torch.Tensor,
+    left_out: torch.Tensor | None,
+    labels_surely_valid: bool,
+) -> Terms:
+    """The terms of scores ``s`` and labels ``p``; the buffers p, n, u become part of the result or are spent."""
+    if left_out is not None:  # first, for nothing in such a cell may count: not NaN, not a label of 7
+        s = s.masked_fill(left_out, 0.0)
+        p.masked_fill_(left_out, 0.0)
+    if s.device.type == "cpu" and _within(s, -SAFE, SAFE) and (labels_surely_valid or _within(p, 0.0, 1.0)):
+        torch.exp(s, out=u)
+        torch.sub(1.0, p, out=n)
+        if left_out is not None:
+            n.masked_fill_(left_out, 0.0)
+        return Terms(None, n.mul_(u), None, p.div_(u))
+    ignored = (p == -100) | (s == -torch.inf)
+    left_out = ignored if left_out is None else left_out | ignored
+    p.masked_fill_((p < 0) | (p > 1), torch.nan).masked_fill_(left_out, 0.0)
+    torch.sub(1.0, p, out=n).masked_fill_(left_out, 0.0)
+    s = s.masked_fill(left_out, 0.0)
+    return Terms(*_pivoted(s, n), *_pivoted(-s, p))
+
+
+def _within(x: torch.Tensor, low: float, high: float) -> bool:
+    if x.numel() == 0:
+        return True
+    least, most = torch.aminmax(x)
+    return bool((least >= low) & (most <= high))  # False for a NaN
+
+
+def _pivoted(exponents: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(m, weights * exp(exponents - m)), exactly 0 where the weight is; exp(inf - m) is inf, never NaN."""
+    exponents = exponents.masked_fill(weights == 0, -torch.inf)
+    m = exponents.amax(-1, keepdim=True).clamp(0.0, torch.finfo(exponents.dtype).max)
+    e = weights.mul_(torch.exp(exponents - m))
+    return m, e.masked_fill_(exponents == -torch.inf, 0.0)
+
+
+class LogSum:
+    """The running log(1 + sum of e * exp(m)) of each row."""
+
+    def __init__(self) -> None:
+        self.m: torch.Tensor | None = None
+        self.sum: torch.Tensor | None = None
+
+    def add(self, m: torch.Tensor | None, e: torch.Tensor) -> None:
+        S = e.sum(-1, keepdim=True)
+        if self.sum is None:
+            self.m, self.sum = m, S
+        elif self.m is None and m is None:
+            self.sum = self.sum + S
+        else:
+            zero = torch.zeros_like(S)
+            m_old, m_new = zero if self.m is None else self.m, zero if m is None else m
+            self.m = torch.maximum(m_old, m_new)
+            self.sum = self.sum * torch.exp(m_old - self.m) + S * torch.exp(m_new - self.m)
+
+    def value(self) -> torch.Tensor:
+        assert self.sum is not None
+        if self.m is None:
+            return torch.log1p(self.sum)
+        return self.m + torch.log1p(self.sum + torch.expm1(-self.m))
+
+
+def factor(m: torch.Tensor | None, log_sum: torch.Tensor, grad_scale: float) -> torch.Tensor:
+    """What turns e = exp(s - m) into the gradient exp(s - log_sum) * grad_scale."""
+    return torch.exp(-log_sum if m is None else m - log_sum) * grad_scale
