@@ -49,35 +49,32 @@ def load_exponents(
     LABELS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """One tile: the exponents a = s of the negatives and b = -s of the positives, -inf where the weight is 0, and the
-    weights n and p themselves, which are 1 for hard labels. A label that is none makes its cell NaN."""
+    weights n and p themselves, which are 1 for hard labels. A cell is left out by a score of -inf, whether it came with
+    one, lies beyond the row or is masked; one with a label that is none gets a NaN, which the loss of its row shows."""
     s = tl.load(scores + col.to(tl.int64) * stride_scores, mask=inside, other=float("-inf")).to(tl.float32)
-    valid = inside & (s != float("-inf"))
     if HAS_MASK:
-        valid = valid & (tl.load(mask + col.to(tl.int64) * stride_mask, mask=inside, other=0) != 0)
+        kept = tl.load(mask + col.to(tl.int64) * stride_mask, mask=inside, other=0)
+        s = tl.where(kept != 0, s, float("-inf"))
     if LABELS == "packed":
         word = tl.load(labels + (col // 32) * stride_labels, mask=inside, other=0)
-        positive = ((word >> (col % 32)) & 1) != 0
+        t = (word >> (col % 32)) & 1
     else:
         t = tl.load(labels + col.to(tl.int64) * stride_labels, mask=inside, other=0)
-        if LABELS == "soft":
-            t = t.to(tl.float32)
-        if LABELS != "bool":
-            valid = valid & (t != -100)
-            if LABELS == "soft":
-                s = tl.where((t >= 0.0) & (t <= 1.0), s, float("nan"))
-            else:
-                s = tl.where((t == 0) | (t == 1), s, float("nan"))
-        positive = t != 0
     if LABELS == "soft":
-        a = tl.where(valid & (t != 1.0), s, float("-inf"))
+        t = t.to(tl.float32)
+        s = tl.where(t == -100.0, float("-inf"), s)
+        s = tl.where((s == float("-inf")) | ((t >= 0.0) & (t <= 1.0)), s, float("nan"))
+        a = tl.where(t == 1.0, float("-inf"), s)
         n = 1.0 - t
         p = t
     else:
-        # A cell with an impossible label has a NaN score, which either side carries to the loss.
-        a = tl.where(valid & (positive == 0), s, float("-inf"))
+        if LABELS == "integer":
+            s = tl.where(t == -100, float("-inf"), s)
+            s = tl.where((s == float("-inf")) | (t == 0) | (t == 1), s, float("nan"))
+        a = tl.where(t != 0, float("-inf"), s)
         n = 1.0
         p = 1.0
-    b = tl.where(valid & positive, -s, float("-inf"))
+    b = tl.where((t != 0) & (s != float("-inf")), -s, float("-inf"))
     return a, n, b, p
 
 

@@ -1,0 +1,94 @@
+"""Does an op agree with its formula? One measure, for the self-check, the tests and the benchmarks.
+
+The oracle is the eager formula (``reference``) in float64, on the same inputs. An op may be off by at most twice what the
+eager formula in the op's own dtype is off, plus an epsilon: 1e-6 for what is computed in float32 and 1e-13 in float64,
+and for gradients in float16 and bfloat16 the spacing of these types.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from . import reference
+
+
+class Agreement(NamedTuple):
+    """Relative errors, norm of the difference over norm of the oracle, of a loss or of one gradient."""
+
+    what: str
+    error: float
+    eager_error: float
+    epsilon: float
+
+    @property
+    def allowed(self) -> float:
+        return 2 * self.eager_error + self.epsilon
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for a NaN
+
+    def __str__(self) -> str:
+        return f"{self.what}: off by {self.error:.2e}, eager by {self.eager_error:.2e}, allowed {self.allowed:.2e}"
+
+
+def compare(
+    op: str,
+    inputs: dict[str, Any],
+    *,
+    differentiate: tuple[str, ...] = ("scores",),
+    upstream: torch.Tensor | None = None,
+) -> list[Agreement]:
+    """The agreement of ``flashpointer.<op>`` with ``reference.<op>`` on ``inputs``: of its loss, then of each gradient.
+
+    Args:
+        op: the name of the op.
+        inputs: its arguments by name.
+        differentiate: the arguments whose gradients are compared.
+        upstream: the gradient of the loss, of the loss's shape; None stands for ones.
+    """
+    import flashpointer
+
+    oracle = run(getattr(reference, op), _cast(inputs, torch.float64), differentiate, upstream)
+    eager = run(getattr(reference, op), inputs, differentiate, upstream)
+    ours = run(getattr(flashpointer, op), inputs, differentiate, upstream)
+    return [
+        Agreement(what, relative_error(x, truth), relative_error(baseline, truth), _epsilon(x.dtype))
+        for what, x, baseline, truth in zip(("loss", *differentiate), ours, eager, oracle, strict=True)
+    ]
+
+
+def run(
+    function: Any, inputs: dict[str, Any], differentiate: tuple[str, ...], upstream: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """The value of ``function(**inputs)``, then its gradients by the arguments to ``differentiate``."""
+    inputs = {k: v.detach().requires_grad_() if k in differentiate else v for k, v in inputs.items()}
+    value = function(**inputs)
+    weight = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
+    grads = torch.autograd.grad(value, [inputs[k] for k in differentiate], weight) if differentiate else ()
+    return [value.detach(), *grads]
+
+
+def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
+    """Norm of the difference over norm of the truth; inf unless infinities and NaNs stand in the same places."""
+    x, truth = x.double(), truth.double()
+    finite = truth.isfinite()
+    if x.shape != truth.shape or not torch.equal(x.isfinite(), finite):
+        return float("inf")
+    if not torch.equal(x[~finite].nan_to_num(7.0), truth[~finite].nan_to_num(7.0)):
+        return float("inf")
+    difference, size = (x - truth)[finite].norm().item(), truth[finite].norm().item()
+    return difference / size if size > 0 else difference
+
+
+def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    floating = {k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return {k: v.to(dtype) if k in floating else v for k, v in inputs.items()}
+
+
+def _epsilon(dtype: torch.dtype) -> float:
+    if dtype == torch.float64:
+        return 1e-13
+    return max(1e-6, torch.finfo(dtype).eps)

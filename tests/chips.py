@@ -1,0 +1,103 @@
+"""Compiling the kernels for real chips on a machine that has none.
+
+A launcher runs as it is, on CPU tensors, under a driver that only names a chip: Triton specialises and compiles what it
+would launch there, and hands it over instead of launching it. The compiler's own report then tells of spills, shared
+memory and instructions.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Chip(NamedTuple):
+    target: GPUTarget
+    shared_limit: int  # bytes a block may use
+
+
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 166912),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 232448),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232448),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536),
+}
+
+
+class _NamedDriver:
+    """A driver that can say which chip it stands for, and nothing else."""
+
+    def __init__(self, chip: str) -> None:
+        self._target = CHIPS[chip].target
+        self._device = list(CHIPS).index(chip)  # Triton keeps one cache of compiled kernels a device
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel and what its compiler says of it."""
+
+    name: str
+    shared: int  # bytes
+    spills: int  # bytes of local memory a thread, or spilled registers on AMD
+    assembly: str
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(instruction, self.assembly))
+
+
+@contextmanager
+def compiling_for(chip: str) -> Iterator[list[Compiled]]:
+    """Inside, every kernel launch compiles for ``chip`` and is appended to the list; no output is written."""
+    compiled: list[Any] = []
+    launch = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    reports: list[Compiled] = []
+    before = driver._active
+    driver.set_active(_NamedDriver(chip))
+    JITFunction.run = compile_only
+    try:
+        yield reports
+    finally:
+        JITFunction.run = launch
+        driver._active = before  # reset_active() would look for a real one
+    reports += [_report(kernel) for kernel in compiled]
+
+
+def _report(kernel: Any) -> Compiled:
+    name, shared = kernel.metadata.name, kernel.metadata.shared
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+        return Compiled(name, shared, spills, text)
+    usage, assembly = _cuobjdump(kernel.asm["cubin"], "--dump-resource-usage"), _cuobjdump(kernel.asm["cubin"], "-sass")
+    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return Compiled(name, shared, spills, assembly)
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
