@@ -7,6 +7,7 @@ and for gradients in float16 and bfloat16 the spacing of these types.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Agreement(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.allowed  # False for a NaN
+        return math.isfinite(self.error) and self.error <= self.allowed
 
     def __str__(self) -> str:
         return f"{self.what}: off by {self.error:.2e}, eager by {self.eager_error:.2e}, allowed {self.allowed:.2e}"
