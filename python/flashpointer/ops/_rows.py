@@ -80,20 +80,6 @@ def grad_scales(scores: torch.Tensor, reduction: str) -> tuple[float, float]:
 # --- the stored gradient -------------------------------------------------------------------------------------------
 
 
-def _scale_rows_(grad: torch.Tensor, upstream: torch.Tensor, factor: float, backend: str) -> None:
-    rows = grad.shape[:-1]
-    backends.implementation("scale_rows", backend).scale_(
-        grad.view(rows.numel(), grad.shape[-1]), upstream.expand(rows).reshape(-1), factor
-    )
-
-
-scale_rows_ = register(
-    "scale_rows_(Tensor(a!) grad, Tensor upstream, float factor, str backend) -> ()",
-    _scale_rows_,
-    lambda grad, upstream, factor, backend: None,
-)
-
-
 def refuse_second_derivative(op: str) -> None:
     """Called in backward, where gradients are recorded only if somebody means to differentiate them again."""
     if torch.is_grad_enabled():
@@ -112,12 +98,16 @@ def save_gradient(ctx: Any, scores: torch.Tensor, reduction: str, backend: str, 
 
 
 def stored_gradient(ctx: Any, op: str, upstream: torch.Tensor | None) -> torch.Tensor | None:
-    """The saved gradient times the upstream one: in place, unless the graph is kept for another backward."""
+    """The saved gradient times the upstream one: in place, and at once where that is 1, if nobody can ask for it again."""
     refuse_second_derivative(op)
     if upstream is None:
         return None
-    (grad,) = ctx.saved_tensors
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        grad = grad.clone()
-    scale_rows_(grad, upstream, ctx.factor, ctx.backend)
-    return grad  # type: ignore[no-any-return]
+    grad: torch.Tensor = ctx.saved_tensors[0]
+    traced = type(grad) is not torch.Tensor  # by AOTAutograd, which takes no mutation here and fuses the product
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (grad * (upstream * ctx.factor).unsqueeze(-1)).to(grad.dtype)
+    rows = grad.shape[:-1]
+    backends.implementation("scale_rows", ctx.backend).scale_(
+        grad.view(rows.numel(), grad.shape[-1]), upstream.expand(rows).reshape(-1), ctx.factor
+    )
+    return grad
