@@ -37,9 +37,9 @@ def forward(
     scores: torch.Tensor,
     positives: torch.Tensor,
     mask: torch.Tensor | None,
-    ignore_index: int,
     grad_scale: float,
     with_grad: bool,
+    ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``zlpr_loss.forward``, with positives [outer, inner, listed] in place of labels."""
     outer, inner, classes = scores.shape

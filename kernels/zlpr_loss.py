@@ -5,11 +5,11 @@ With weights n_i = 1 - t_i among the negatives and p_i = t_i among the positives
     l_n = log(1 + sum_i n_i exp(s_i))        l_p = log(1 + sum_i p_i exp(-s_i))        loss = l_n + l_p
     dloss/ds_i = n_i exp(s_i - l_n) - p_i exp(-s_i - l_p)
 
-The 1 inside each logarithm stands for a score of 0, the threshold, so a pivot m = max(0, max_i s_i) is finite even where
-every cell is left out, and l = m + log1p(S + expm1(-m)) with S = sum_i n_i exp(s_i - m) keeps a small loss exact.
+The 1 inside each logarithm stands for a score of 0, the threshold, so a pivot m = max(0, max_i s_i) is finite even
+where every cell is left out, and l = m + log1p(S + expm1(-m)) with S = sum_i n_i exp(s_i - m) keeps a small loss exact.
 
-A row that fits a block is read once. A longer row is swept twice: log-sums, then gradient. Where such rows are too few to
-fill a GPU each is split over several programs, whose partial sums are merged in a fixed order.
+A row that fits a block is read once. A longer row is swept twice: log-sums, then gradient. Where such rows are too few
+to fill a GPU each is split over several programs, whose partial sums are merged in a fixed order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def log_term(m, S):
     one_plus = 1.0 + x
     shifted = one_plus - 1.0
     large = (shifted == 0.0) | (one_plus == float("inf"))
-    log1p = tl.where(large, tl.where(shifted == 0.0, x, one_plus), x * (tl.log(one_plus) / tl.where(large, 1.0, shifted)))
+    log1p = tl.where(
+        large, tl.where(shifted == 0.0, x, one_plus), x * (tl.log(one_plus) / tl.where(large, 1.0, shifted))
+    )
     return m + log1p
 
 

@@ -1,8 +1,8 @@
 """Does an op agree with its formula? One measure, for the self-check, the tests and the benchmarks.
 
-The oracle is the eager formula (``reference``) in float64, on the same inputs. An op may be off by at most twice what the
-eager formula in the op's own dtype is off, plus an epsilon: 1e-6 for what is computed in float32 and 1e-13 in float64,
-and for gradients in float16 and bfloat16 the spacing of these types.
+The oracle is the eager formula (``reference``) in float64, on the same inputs. An op may be off by at most twice what
+the eager formula in the op's own dtype is off, plus an epsilon: 1e-6 for what is computed in float32 and 1e-13 in
+float64, and for gradients in float16 and bfloat16 the spacing of these types.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     if not torch.equal(x[~finite].nan_to_num(7.0), truth[~finite].nan_to_num(7.0)):
         return float("inf")
     difference, size = (x - truth)[finite].norm().item(), truth[finite].norm().item()
-    return difference / size if size > 0 else difference
+    return float(difference / size if size > 0 else difference)
 
 
 def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

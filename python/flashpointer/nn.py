@@ -20,9 +20,7 @@ class ZLPRLoss(torch.nn.Module):
         _checks.check_reduction("ZLPRLoss", reduction)
         self.reduction = reduction
 
-    def forward(
-        self, scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The loss of scores ``[..., C]`` under labels of the same shape and a mask that broadcasts to it."""
         return zlpr_loss(scores, labels, mask=mask, reduction=self.reduction)
 

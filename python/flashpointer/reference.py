@@ -20,7 +20,9 @@ def _reduce(losses: torch.Tensor, reduction: str) -> torch.Tensor:
 
 def _log_one_plus_sum_exp(exponents: torch.Tensor) -> torch.Tensor:
     """log(1 + sum_i exp(x_i)) over the last dimension."""
-    zero = torch.zeros_like(exponents[..., :1]) if exponents.shape[-1] else exponents.new_zeros((*exponents.shape[:-1], 1))
+    zero = (
+        torch.zeros_like(exponents[..., :1]) if exponents.shape[-1] else exponents.new_zeros((*exponents.shape[:-1], 1))
+    )
     return torch.logsumexp(torch.cat([zero, exponents], dim=-1), dim=-1)
 
 

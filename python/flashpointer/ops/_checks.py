@@ -45,12 +45,16 @@ def check_mask(op: str, mask: object, scores: torch.Tensor) -> torch.Tensor | No
     """The mask expanded to the shape of the scores."""
     if mask is None:
         return None
-    check_tensor(op, "mask", mask, "a bool tensor, False where a cell is left out (of 0 and 1 use .bool())", [torch.bool])
+    check_tensor(
+        op, "mask", mask, "a bool tensor, False where a cell is left out (of 0 and 1 use .bool())", [torch.bool]
+    )
     assert isinstance(mask, torch.Tensor)
     check_device(op, "mask", mask, scores)
     lead = scores.dim() - mask.dim()
     if lead < 0 or any(m not in (1, s) for m, s in zip(mask.shape, scores.shape[lead:], strict=True)):
-        raise ValueError(f"{op}: mask must broadcast to the shape of scores, {tuple(scores.shape)}; got {describe(mask)}")
+        raise ValueError(
+            f"{op}: mask must broadcast to the shape of scores, {tuple(scores.shape)}; got {describe(mask)}"
+        )
     return mask.expand(scores.shape)
 
 

@@ -1,4 +1,4 @@
-"""What the ops on rows of scores share: their shapes, their reductions, their stored gradient, their registration."""
+"""What the ops on rows of scores share: their registration, shapes, reductions and stored gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from .. import backends
 
-_library = torch.library.Library("flashpointer", "FRAGMENT")
+_library: Any = torch.library.Library("flashpointer", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def register(
@@ -30,9 +30,7 @@ def register(
     _library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashpointer::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"flashpointer::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"flashpointer::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.flashpointer, name).default
 
 
@@ -77,9 +75,6 @@ def grad_scales(scores: torch.Tensor, reduction: str) -> tuple[float, float]:
     return (1.0, share) if scores.dtype == torch.float16 else (share, 1.0)
 
 
-# --- the stored gradient -------------------------------------------------------------------------------------------
-
-
 def refuse_second_derivative(op: str) -> None:
     """Called in backward, where gradients are recorded only if somebody means to differentiate them again."""
     if torch.is_grad_enabled():
@@ -89,23 +84,56 @@ def refuse_second_derivative(op: str) -> None:
         )
 
 
-def save_gradient(ctx: Any, scores: torch.Tensor, reduction: str, backend: str, grad: torch.Tensor) -> None:
-    """What a forward that computed its gradient leaves to ``stored_gradient``."""
-    ctx.mark_non_differentiable(grad)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad)
-    ctx.factor, ctx.backend = grad_scales(scores, reduction)[1], backend
+# --- losses whose forward computes the gradient --------------------------------------------------------------------
 
 
-def stored_gradient(ctx: Any, op: str, upstream: torch.Tensor | None) -> torch.Tensor | None:
-    """The saved gradient times the upstream one: in place, and at once where that is 1, if nobody can ask for it again."""
-    refuse_second_derivative(op)
-    if upstream is None:
-        return None
+def register_with_gradient(op: str, labels: str, extra: str, check: Callable[..., None]) -> Any:
+    """Registers a loss of rows whose gradient is linear in one upstream scalar a row, so that forward can store it.
+
+    ``labels`` names the second argument and ``extra`` the schema of what follows the common ones; ``check`` looks at
+    the values of (scores, labels, mask, *extra). The op returns the reduced loss and the gradient, which is backward's
+    alone: it is scaled in place. An op asked for no gradient returns an empty one.
+    """
+
+    def compute(
+        scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, reduction: str, with_grad: bool,
+        backend: str, *extra: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        check(scores, labels, mask, *extra)
+        losses, grad = backends.implementation(op, backend).forward(
+            *fold(scores, labels, mask), grad_scales(scores, reduction)[0], with_grad, *extra
+        )
+        return reduce(losses, scores.shape[:-1], reduction), grad.view(scores.shape if with_grad else 0)
+
+    def fake(
+        scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, reduction: str, with_grad: bool,
+        backend: str, *extra: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return fake_loss(scores, reduction), scores.new_empty(scores.shape if with_grad else 0)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        scores, reduction, backend = inputs[0], inputs[3], inputs[5]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+        ctx.factor, ctx.backend, ctx.arguments = grad_scales(scores, reduction)[1], backend, len(inputs)
+
+    def backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivative(op)
+        grad = None if upstream is None else _stored_gradient(ctx, upstream)
+        return (grad, *[None] * (ctx.arguments - 1))
+
+    schema = f"Tensor scores, Tensor {labels}, Tensor? mask, str reduction, bool with_grad, str backend{extra}"
+    return register(f"{op}({schema}) -> (Tensor loss, Tensor grad)", compute, fake, setup_context, backward)
+
+
+def _stored_gradient(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+    """The saved gradient times the upstream one: in place, not at all where that is 1, if nobody asks for it again."""
     grad: torch.Tensor = ctx.saved_tensors[0]
     traced = type(grad) is not torch.Tensor  # by AOTAutograd, which takes no mutation here and fuses the product
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (grad * (upstream * ctx.factor).unsqueeze(-1)).to(grad.dtype)
+        scaled: torch.Tensor = grad * (upstream * ctx.factor).unsqueeze(-1)
+        return scaled.to(grad.dtype)
     rows = grad.shape[:-1]
     backends.implementation("scale_rows", ctx.backend).scale_(
         grad.view(rows.numel(), grad.shape[-1]), upstream.expand(rows).reshape(-1), ctx.factor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .. import backends, reference
@@ -58,18 +56,19 @@ def sparse_zlpr_loss(
         raise TypeError(f"{OP}: ignore_index takes an int; got {_checks.describe(ignore_index)}")
     backend = backends.choose(scores)
     if backend == "reference":
-        _check_values(positives, scores.shape[-1], ignore_index)
+        if not torch.compiler.is_compiling():  # which would have to break the graph to look
+            _check_values(scores, positives, mask, ignore_index)
         return reference.sparse_zlpr_loss(scores, positives, mask, reduction, ignore_index)
     with_grad = scores.requires_grad and torch.is_grad_enabled()
-    loss: torch.Tensor = _op(scores, positives, mask, reduction, ignore_index, with_grad, backend)[0]
+    loss: torch.Tensor = _op(scores, positives, mask, reduction, with_grad, backend, ignore_index)[0]
     return loss
 
 
-@torch.compiler.disable
-def _check_values(positives: torch.Tensor, classes: int, ignore_index: int) -> None:
-    """Raises ValueError for an index beyond the last class; on a GPU, where to look is to wait, if asked to."""
+def _check_values(scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int) -> None:
+    """Raises ValueError for an index beyond the last class; on a GPU, where to look is to wait, on demand."""
     if positives.numel() == 0 or (positives.device.type != "cpu" and not backends.CHECK_INDICES):
         return
+    classes = scores.shape[-1]
     if positives.max() < classes:
         return
     wrong = (positives >= classes) & (positives != ignore_index)
@@ -81,38 +80,4 @@ def _check_values(positives: torch.Tensor, classes: int, ignore_index: int) -> N
         )
 
 
-def _compute(
-    scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, reduction: str, ignore_index: int,
-    with_grad: bool, backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    _check_values(positives, scores.shape[-1], ignore_index)
-    losses, grad = backends.implementation(OP, backend).forward(
-        *_rows.fold(scores, positives, mask), ignore_index, _rows.grad_scales(scores, reduction)[0], with_grad
-    )
-    return _rows.reduce(losses, scores.shape[:-1], reduction), grad.view(scores.shape) if with_grad else grad
-
-
-def _fake(
-    scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, reduction: str, ignore_index: int,
-    with_grad: bool, backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _rows.fake_loss(scores, reduction), scores.new_empty(scores.shape if with_grad else 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    scores, _, _, reduction, _, _, backend = inputs
-    _rows.save_gradient(ctx, scores, reduction, backend, output[1])
-
-
-def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
-    return _rows.stored_gradient(ctx, OP, upstream), None, None, None, None, None, None
-
-
-_op = _rows.register(
-    "sparse_zlpr_loss(Tensor scores, Tensor positives, Tensor? mask, str reduction, int ignore_index, bool with_grad,"
-    " str backend) -> (Tensor loss, Tensor grad)",
-    _compute,
-    _fake,
-    _setup_context,
-    _backward,
-)
+_op = _rows.register_with_gradient(OP, "positives", ", int ignore_index", _check_values)

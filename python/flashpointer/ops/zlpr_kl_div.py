@@ -45,9 +45,8 @@ def zlpr_kl_div(
     _checks.check_scores(OP, scores)
     _checks.check_scores(OP, other, "other")
     if other.shape != scores.shape or other.dtype != scores.dtype:
-        raise ValueError(
-            f"{OP}: other must have the shape and dtype of scores, {_checks.describe(scores)}; got {_checks.describe(other)}"
-        )
+        takes = f"the shape and dtype of scores, {_checks.describe(scores)}"
+        raise ValueError(f"{OP}: other must have {takes}; got {_checks.describe(other)}")
     _checks.check_device(OP, "other", other, scores)
     mask = _checks.check_mask(OP, mask, scores)
     _checks.check_reduction(OP, reduction)
@@ -74,8 +73,9 @@ def _compute_backward(
     grads = backends.implementation(OP, backend).backward(
         *_rows.fold(scores, other, mask), upstream.expand(lead).reshape(-1), factor, need_scores, need_other
     )
-    return tuple(  # type: ignore[return-value]
-        grad.view(scores.shape) if needed else grad for grad, needed in zip(grads, (need_scores, need_other), strict=True)
+    return tuple(
+        grad.view(scores.shape) if needed else grad
+        for grad, needed in zip(grads, (need_scores, need_other), strict=True)
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .. import backends, reference
@@ -41,8 +39,8 @@ def zlpr_loss(
         float32, or float64 for float64 scores.
 
     Raises:
-        TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a label that is none makes
-            the loss of its row NaN; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error there too.
+        TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a label that is none
+            makes the loss of its row NaN; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error.
         RuntimeError: for second derivatives.
 
     References:
@@ -51,7 +49,11 @@ def zlpr_loss(
     """
     _checks.check_scores(OP, scores)
     _checks.check_tensor(
-        OP, "labels", labels, "a bool, integer or floating-point tensor", (torch.bool, *_checks.INTEGERS, *_checks.FLOATS)
+        OP,
+        "labels",
+        labels,
+        "a bool, integer or floating-point tensor",
+        (torch.bool, *_checks.INTEGERS, *_checks.FLOATS),
     )
     if labels.shape != scores.shape:
         raise ValueError(
@@ -63,16 +65,16 @@ def zlpr_loss(
     _checks.check_reduction(OP, reduction)
     backend = backends.choose(scores)
     if backend == "reference":
-        _check_values(labels, mask)
+        if not torch.compiler.is_compiling():  # which would have to break the graph to look
+            _check_values(scores, labels, mask)
         return reference.zlpr_loss(scores, labels, mask, reduction)
     with_grad = scores.requires_grad and torch.is_grad_enabled()
     loss: torch.Tensor = _op(scores, labels, mask, reduction, with_grad, backend)[0]
     return loss
 
 
-@torch.compiler.disable
-def _check_values(labels: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Raises ValueError for a label outside [0, 1] that is not -100; on a GPU, where to look is to wait, if asked to."""
+def _check_values(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raises ValueError for a label outside [0, 1] that is not -100; on a GPU, where to look is to wait, on demand."""
     if labels.dtype == torch.bool or labels.numel() == 0:
         return
     if labels.device.type != "cpu" and not backends.CHECK_INDICES:
@@ -90,36 +92,4 @@ def _check_values(labels: torch.Tensor, mask: torch.Tensor | None) -> None:
         )
 
 
-def _compute(
-    scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, reduction: str, with_grad: bool, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_values(labels, mask)
-    losses, grad = backends.implementation(OP, backend).forward(
-        *_rows.fold(scores, labels, mask), _rows.grad_scales(scores, reduction)[0], with_grad
-    )
-    return _rows.reduce(losses, scores.shape[:-1], reduction), grad.view(scores.shape) if with_grad else grad
-
-
-def _fake(
-    scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, reduction: str, with_grad: bool, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _rows.fake_loss(scores, reduction), scores.new_empty(scores.shape if with_grad else 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    scores, _, _, reduction, _, backend = inputs
-    _rows.save_gradient(ctx, scores, reduction, backend, output[1])
-
-
-def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
-    return _rows.stored_gradient(ctx, OP, upstream), None, None, None, None, None
-
-
-_op = _rows.register(
-    "zlpr_loss(Tensor scores, Tensor labels, Tensor? mask, str reduction, bool with_grad, str backend)"
-    " -> (Tensor loss, Tensor grad)",
-    _compute,
-    _fake,
-    _setup_context,
-    _backward,
-)
+_op = _rows.register_with_gradient(OP, "labels", "", _check_values)

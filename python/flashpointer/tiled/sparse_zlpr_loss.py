@@ -12,9 +12,9 @@ def forward(
     scores: torch.Tensor,
     positives: torch.Tensor,
     mask: torch.Tensor | None,
-    ignore_index: int,
     grad_scale: float,
     with_grad: bool,
+    ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``zlpr_loss.forward``, with positives [outer, inner, listed] in place of labels."""
 
@@ -23,7 +23,7 @@ def forward(
         here = (listed >= columns.start) & (listed < columns.stop) & (listed != ignore_index)
         first = columns.start
         out.zero_()
-        # amax, for several of a row's indices may fall on one cell: those of other tiles, which all add 0, on the first.
+        # amax, for several indices of a row may meet in a cell: those of other tiles all bring a 0 to the first.
         out.scatter_reduce_(1, torch.where(here, listed - first, 0), here.to(out.dtype), "amax")
 
     return zlpr_loss.sweep(scores, read, True, mask, grad_scale, with_grad)

@@ -20,7 +20,7 @@ LabelReader = Callable[[int, slice, slice, torch.Tensor], None]
 
 
 class Terms(NamedTuple):
-    """A tile's weighted exponentials under their rows' pivots: m [rows, 1] (None stands for 0) and e [rows, columns]."""
+    """A tile's weighted exponentials e [rows, columns] under the pivots m [rows, 1] of its rows; None stands for 0."""
 
     m_n: torch.Tensor | None
     e_n: torch.Tensor
