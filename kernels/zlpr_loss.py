@@ -7,6 +7,7 @@ With weights n_i = 1 - t_i among the negatives and p_i = t_i among the positives
 
 The 1 inside each logarithm stands for a score of 0, the threshold, so a pivot m = max(0, max_i s_i) is finite even
 where every cell is left out, and l = m + log1p(S + expm1(-m)) with S = sum_i n_i exp(s_i - m) keeps a small loss exact.
+The gradient is n_i exp(s_i - m) / (S + exp(-m)): the sums carry digits that a large l has rounded away.
 
 A row that fits a block is read once. A longer row is swept twice: log-sums, then gradient. Where such rows are too few
 to fill a GPU each is split over several programs, whose partial sums are merged in a fixed order.
@@ -43,6 +44,12 @@ def log_term(m, S):
         large, tl.where(shifted == 0.0, x, one_plus), x * (tl.log(one_plus) / tl.where(large, 1.0, shifted))
     )
     return m + log1p
+
+
+@triton.jit
+def inverse_sum(m, S):
+    """exp(m - l): what turns exp(s - m) into the gradient."""
+    return 1.0 / (S + tl.exp(-m))
 
 
 @triton.jit
@@ -115,18 +122,21 @@ def sweep_log_sums(
 
 @triton.jit
 def sweep_gradient(
-    scores, labels, mask, grad, start, stop, stride_scores, stride_labels, stride_mask, l_n, l_p, grad_scale,
+    scores, labels, mask, grad, start, stop, stride_scores, stride_labels, stride_mask,
+    m_n, S_n, m_p, S_p, grad_scale,
     LABELS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of columns start..stop of one row, from the row's two log-terms."""
+    """The gradient of columns start..stop of one row, from the (pivot, sum) of both its terms."""
+    share_n = inverse_sum(m_n, S_n) * grad_scale
+    share_p = inverse_sum(m_p, S_p) * grad_scale
     for first in range(start, stop, BLOCK):
         col = first + tl.arange(0, BLOCK)
         inside = col < stop
         a, n, b, p = load_exponents(
             scores, labels, mask, col, inside, stride_scores, stride_labels, stride_mask, LABELS, HAS_MASK
         )
-        g = weighted_exp(a, n, l_n, LABELS) - weighted_exp(b, p, l_p, LABELS)
-        tl.store(grad + col, (g * grad_scale).to(grad.dtype.element_ty), mask=inside)
+        g = weighted_exp(a, n, m_n, LABELS) * share_n - weighted_exp(b, p, m_p, LABELS) * share_p
+        tl.store(grad + col, g.to(grad.dtype.element_ty), mask=inside)
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -153,11 +163,11 @@ def zlpr_block_kernel(
     m_p = pivot(b, 1)[:, None]
     e_n = weighted_exp(a, n, m_n, LABELS)  # [ROWS, BLOCK]
     e_p = weighted_exp(b, p, m_p, LABELS)
-    l_n = log_term(m_n, tl.sum(e_n, axis=1)[:, None])
-    l_p = log_term(m_p, tl.sum(e_p, axis=1)[:, None])
-    tl.store(loss + row, l_n + l_p, mask=row < rows)
+    S_n = tl.sum(e_n, axis=1)[:, None]
+    S_p = tl.sum(e_p, axis=1)[:, None]
+    tl.store(loss + row, log_term(m_n, S_n) + log_term(m_p, S_p), mask=row < rows)
     if WITH_GRAD:
-        g = e_n * (tl.exp(m_n - l_n) * grad_scale) - e_p * (tl.exp(m_p - l_p) * grad_scale)
+        g = e_n * (inverse_sum(m_n, S_n) * grad_scale) - e_p * (inverse_sum(m_p, S_p) * grad_scale)
         tl.store(grad + row * classes + col, g.to(grad.dtype.element_ty), mask=inside)
 
 
@@ -176,13 +186,11 @@ def zlpr_sweep_kernel(
     m_n, S_n, m_p, S_p = sweep_log_sums(
         scores, labels, mask, 0, classes, stride_sc, stride_lc, stride_mc, LABELS, HAS_MASK, BLOCK
     )
-    l_n = log_term(m_n, S_n)
-    l_p = log_term(m_p, S_p)
-    tl.store(loss + row, l_n + l_p)
+    tl.store(loss + row, log_term(m_n, S_n) + log_term(m_p, S_p))
     if WITH_GRAD:
         sweep_gradient(
             scores, labels, mask, grad + row * classes, 0, classes, stride_sc, stride_lc, stride_mc,
-            l_n, l_p, grad_scale, LABELS, HAS_MASK, BLOCK,
+            m_n, S_n, m_p, S_p, grad_scale, LABELS, HAS_MASK, BLOCK,
         )  # fmt: skip
 
 
@@ -213,12 +221,12 @@ def zlpr_partial_kernel(
 
 @triton.jit
 def merge_partials(partials, splits, SPLITS: tl.constexpr):
-    """log_term of the partial (pivot, sum) pairs of a row, all at once and so always in the same order."""
+    """The (pivot, sum) of a row from those of its chunks, all at once and so always in the same order."""
     split = tl.arange(0, SPLITS)
     m = tl.load(partials + split * 4, mask=split < splits, other=0.0)
     S = tl.load(partials + split * 4 + 1, mask=split < splits, other=0.0)
     m_all = tl.max(m, axis=0)
-    return log_term(m_all, tl.sum(S * tl.exp(m - m_all), axis=0))
+    return m_all, tl.sum(S * tl.exp(m - m_all), axis=0)
 
 
 @triton.jit
@@ -232,10 +240,10 @@ def zlpr_merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     partials += row * splits * 4
-    l_n = merge_partials(partials, splits, SPLITS)
-    l_p = merge_partials(partials + 2, splits, SPLITS)
+    m_n, S_n = merge_partials(partials, splits, SPLITS)
+    m_p, S_p = merge_partials(partials + 2, splits, SPLITS)
     if split == 0:
-        tl.store(loss + row, l_n + l_p)
+        tl.store(loss + row, log_term(m_n, S_n) + log_term(m_p, S_p))
     if WITH_GRAD:
         start = split * chunk
         sweep_gradient(
@@ -243,7 +251,7 @@ def zlpr_merge_kernel(
             labels + (row // inner) * stride_lo + (row % inner) * stride_li,
             mask + (row // inner) * stride_mo + (row % inner) * stride_mi,
             grad + row * classes, start, tl.minimum(start + chunk, classes), stride_sc, stride_lc, stride_mc,
-            l_n, l_p, grad_scale, LABELS, HAS_MASK, BLOCK,
+            m_n, S_n, m_p, S_p, grad_scale, LABELS, HAS_MASK, BLOCK,
         )  # fmt: skip
 
 

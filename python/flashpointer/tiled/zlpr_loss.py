@@ -77,14 +77,13 @@ def sweep(
             tile = terms(o, rows, cols)
             log_n.add(tile.m_n, tile.e_n)
             log_p.add(tile.m_p, tile.e_p)
-        l_n, l_p = log_n.value(), log_p.value()
-        loss[o, rows] = (l_n + l_p).squeeze(-1)
+        loss[o, rows] = (log_n.value() + log_p.value()).squeeze(-1)
         if with_grad:
             for cols in columns:
                 if len(columns) > 1 or tile is None:
                     tile = terms(o, rows, cols)
-                tile.e_n.mul_(factor(tile.m_n, l_n, grad_scale))
-                tile.e_p.mul_(factor(tile.m_p, l_p, grad_scale))
+                tile.e_n.mul_(log_n.share(tile.m_n).mul_(grad_scale))
+                tile.e_p.mul_(log_p.share(tile.m_p).mul_(grad_scale))
                 torch.sub(tile.e_n, tile.e_p, out=tile.e_n)
                 grad[o, rows, cols] = tile.e_n
     return loss, grad
@@ -156,7 +155,9 @@ class LogSum:
             return torch.log1p(self.sum)
         return self.m + torch.log1p(self.sum + torch.expm1(-self.m))
 
-
-def factor(m: torch.Tensor | None, log_sum: torch.Tensor, grad_scale: float) -> torch.Tensor:
-    """What turns e = exp(s - m) into the gradient exp(s - log_sum) * grad_scale."""
-    return torch.exp(-log_sum if m is None else m - log_sum) * grad_scale
+    def share(self, m: torch.Tensor | None) -> torch.Tensor:
+        """What turns a tile's e = exp(s - m) into the gradient exp(s - value)."""
+        assert self.sum is not None
+        if self.m is None:
+            return 1.0 / (1.0 + self.sum)
+        return torch.exp((0.0 if m is None else m) - self.m) / (self.sum + torch.exp(-self.m))
