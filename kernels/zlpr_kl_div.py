@@ -6,6 +6,10 @@ With f = sigmoid,
     dD/ds_i =  f'(s_i) (s_i - t_i) + f(s_i) - f(t_i)          f' = f (1 - f)
     dD/dt_i = -f'(t_i) (s_i - t_i) - f(s_i) + f(t_i)
 
+The gap f(s) - f(t) of two close or saturated sigmoids would cancel; with high = max(s, t) and low = min(s, t) it is
+
+    |f(s) - f(t)| = f(high) f(-low) (1 - exp(low - high))
+
 The gradient of a cell needs nothing of its row but the upstream scalar, so backward recomputes it from the scores, in
 one pass that scales in float32: nothing is stored, and nothing underflows in float16. A cell where both scores are -inf
 is invalid in both and left out.
@@ -21,6 +25,20 @@ import triton.language as tl
 
 LONGEST_BLOCK = 1024
 CHUNK = 8192
+
+
+@triton.jit
+def one_minus_exp(d):
+    """1 - exp(-d) for d >= 0; near 0, where that cancels, by its series."""
+    series = d * (1.0 - d / 2 * (1.0 - d / 3 * (1.0 - d / 4 * (1.0 - d / 5 * (1.0 - d / 6)))))
+    return tl.where(d < 0.125, series, 1.0 - tl.exp(-d))
+
+
+@triton.jit
+def gap(s, t):
+    """sigmoid(s) - sigmoid(t), to full relative precision; 0 where s = t."""
+    size = tl.sigmoid(tl.maximum(s, t)) * tl.sigmoid(-tl.minimum(s, t)) * one_minus_exp(tl.abs(s - t))
+    return tl.where(s < t, -size, size)
 
 
 @triton.jit
@@ -60,7 +78,7 @@ def zlpr_kl_div_kernel(
             scores, other, mask, row, inner, col, classes, stride_so, stride_si, stride_sc,
             stride_to, stride_ti, stride_tc, stride_mo, stride_mi, stride_mc, HAS_MASK,
         )  # fmt: skip
-        total += (tl.sigmoid(s) - tl.sigmoid(t)) * (s - t)
+        total += gap(s, t) * (s - t)
     tl.store(partials + tl.program_id(0), tl.sum(total, axis=0))
 
 
@@ -81,14 +99,13 @@ def zlpr_kl_div_backward_kernel(
             scores, other, mask, row, inner, col, classes, stride_so, stride_si, stride_sc,
             stride_to, stride_ti, stride_tc, stride_mo, stride_mi, stride_mc, HAS_MASK,
         )  # fmt: skip
-        f_s = tl.sigmoid(s)
-        f_t = tl.sigmoid(t)
+        between = gap(s, t)
         at = row * classes + col
         if NEED_SCORES:
-            ds = g * (f_s * tl.sigmoid(-s) * (s - t) + (f_s - f_t))
+            ds = g * (tl.sigmoid(s) * tl.sigmoid(-s) * (s - t) + between)
             tl.store(grad_scores + at, ds.to(grad_scores.dtype.element_ty), mask=col < classes)
         if NEED_OTHER:
-            dt = g * (f_t * tl.sigmoid(-t) * (t - s) + (f_t - f_s))
+            dt = g * (tl.sigmoid(t) * tl.sigmoid(-t) * (t - s) - between)
             tl.store(grad_other + at, dt.to(grad_other.dtype.element_ty), mask=col < classes)
 
 

@@ -19,6 +19,12 @@ def _load(
     return s.masked_fill(left_out, 0.0), t.masked_fill(left_out, 0.0)
 
 
+def _gap(s: torch.Tensor, t: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """sigmoid(s) - sigmoid(t), to full relative precision."""
+    size = torch.maximum(s, t).sigmoid_().mul_(torch.minimum(s, t).neg_().sigmoid_())
+    return size.mul_(difference.abs().neg_().expm1_()).mul_(difference.sign()).neg_()
+
+
 def forward(scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """As ``kernels.zlpr_kl_div.forward``; float64 scores have a float64 divergence."""
     outer, inner, classes = scores.shape
@@ -27,7 +33,7 @@ def forward(scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None
         for columns in column_tiles(classes):
             s, t = _load(scores, other, mask, o, rows, columns)
             difference = s - t
-            loss[o, rows] += s.sigmoid_().sub_(t.sigmoid_()).mul_(difference).sum(-1)
+            loss[o, rows] += _gap(s, t, difference).mul_(difference).sum(-1)
     return loss
 
 
@@ -51,10 +57,11 @@ def backward(
         for columns in column_tiles(classes):
             s, t = _load(scores, other, mask, o, rows, columns)
             difference = s - t
-            f_s, f_t = torch.sigmoid(s), torch.sigmoid(t)
-            gap = f_s - f_t
+            gap = _gap(s, t, difference)
             if need_scores:
-                grad_scores[o, rows, columns] = f_s.mul_(s.neg_().sigmoid_()).mul_(difference).add_(gap).mul_(g)
+                slope = torch.sigmoid(s).mul_(s.neg_().sigmoid_())
+                grad_scores[o, rows, columns] = slope.mul_(difference).add_(gap).mul_(g)
             if need_other:
-                grad_other[o, rows, columns] = f_t.mul_(t.neg_().sigmoid_()).mul_(difference).add_(gap).mul_(-g)
+                slope = torch.sigmoid(t).mul_(t.neg_().sigmoid_())
+                grad_other[o, rows, columns] = slope.mul_(difference).add_(gap).mul_(-g)
     return grad_scores, grad_other
