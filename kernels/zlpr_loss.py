@@ -103,21 +103,21 @@ def sweep_log_sums(
 ):  # fmt: skip
     """Online (pivot, sum) of both terms over columns start..stop of one row."""
     m_n = 0.0
-    S_n = 0.0
     m_p = 0.0
-    S_p = 0.0
+    S_n = tl.zeros([BLOCK], dtype=tl.float32)  # summed over the block once, at the end
+    S_p = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(start, stop, BLOCK):
         col = first + tl.arange(0, BLOCK)
         a, n, b, p = load_exponents(
             scores, labels, mask, col, col < stop, stride_scores, stride_labels, stride_mask, LABELS, HAS_MASK
         )
         m = tl.maximum(m_n, pivot(a, 0))
-        S_n = S_n * tl.exp(m_n - m) + tl.sum(weighted_exp(a, n, m, LABELS), axis=0)
+        S_n = S_n * tl.exp(m_n - m) + weighted_exp(a, n, m, LABELS)
         m_n = m
         m = tl.maximum(m_p, pivot(b, 0))
-        S_p = S_p * tl.exp(m_p - m) + tl.sum(weighted_exp(b, p, m, LABELS), axis=0)
+        S_p = S_p * tl.exp(m_p - m) + weighted_exp(b, p, m, LABELS)
         m_p = m
-    return m_n, S_n, m_p, S_p
+    return m_n, tl.sum(S_n, axis=0), m_p, tl.sum(S_p, axis=0)
 
 
 @triton.jit
@@ -268,7 +268,7 @@ class Plan(NamedTuple):
 
 
 LONGEST_BLOCK = 8192
-SWEEP_BLOCK = 4096
+SWEEP_BLOCK = 2048
 # Enough programs to fill the largest GPU of today several times over, without asking the driver how large this one is.
 ENOUGH_PROGRAMS = 1024
 

@@ -1,0 +1,106 @@
+"""The kernels compiled for real chips, which needs Triton but no GPU: no spill, shared memory that fits, wide loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from packaging.version import Version
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from flashpointer.kernels import scale_rows, sparse_zlpr_loss, zlpr_kl_div, zlpr_loss  # noqa: E402
+
+from .chips import CHIPS, Compiled, compiling_for  # noqa: E402
+from .conftest import INTERPRETED  # noqa: E402
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(INTERPRETED, reason="this process interprets"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a driver is at work; machines without one compile"),
+]
+on_every_chip = pytest.mark.parametrize("chip", CHIPS)
+
+
+def compile_for(chip: str, launch: Callable[[], object]) -> list[Compiled]:
+    with compiling_for(chip) as compiled:
+        launch()
+    assert compiled
+    for kernel in compiled:
+        assert kernel.spills == 0, f"{kernel.name} spills {kernel.spills} on {chip}"
+        assert kernel.shared <= CHIPS[chip].shared_limit, f"{kernel.name} uses {kernel.shared} bytes shared on {chip}"
+    return compiled
+
+
+def test_the_version_under_test() -> None:
+    if "EXPECTED_TRITON" in os.environ:
+        assert Version(triton.__version__) == Version(os.environ["EXPECTED_TRITON"])
+
+
+# A shape for each plan that plan() can pick: (rows, classes). The last three: a sweep, a few splits, the most splits.
+BLOCKS = [2**n for n in range(4, zlpr_loss.LONGEST_BLOCK.bit_length())]
+SHAPES = [*((64, block) for block in BLOCKS), (2048, 16384), (256, 20000), (2, 2**23)]
+
+
+def test_the_shapes_reach_every_plan() -> None:
+    reached = {zlpr_loss.plan(*shape)._replace(splits=0) for shape in SHAPES}
+    possible = {zlpr_loss.plan(r, c)._replace(splits=0) for r in (1, 64, 5000) for c in range(1, 40000, 7)}
+    assert possible <= reached
+    assert [zlpr_loss.plan(*shape).splits for shape in SHAPES[-3:]] == [1, 4, 512]
+
+
+def zlpr(shape: tuple[int, int], dtype: torch.dtype, labels: str, masked: bool, with_grad: bool) -> None:
+    scores = torch.empty((1, *shape), dtype=dtype)
+    mask = torch.empty(scores.shape, dtype=torch.bool) if masked else None
+    if labels == "sparse":
+        lists = torch.empty((1, shape[0], 5), dtype=torch.int64)
+        sparse_zlpr_loss.forward(scores, lists, mask, 1.0, with_grad, -100)
+    else:
+        zlpr_loss.forward(scores, torch.empty(scores.shape, dtype=getattr(torch, labels)), mask, 1.0, with_grad)
+
+
+@on_every_chip
+@pytest.mark.parametrize(
+    "scores_dtype, labels, masked, with_grad",
+    [
+        (torch.bfloat16, "bool", False, True),  # what most train with
+        (torch.float32, "float32", True, True),  # the most registers
+        (torch.float16, "sparse", True, True),
+        (torch.float32, "int64", True, False),  # evaluation
+    ],
+    ids=["bool", "soft", "sparse", "integer"],
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_zlpr_loss(
+    chip: str, shape: tuple[int, int], scores_dtype: torch.dtype, labels: str, masked: bool, with_grad: bool
+) -> None:
+    compile_for(chip, lambda: zlpr(shape, scores_dtype, labels, masked, with_grad))
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b >= 256])
+def test_the_row_kernel_moves_16_bytes_at_a_time(chip: str, block: int) -> None:
+    (kernel,) = compile_for(chip, lambda: zlpr((64, block), torch.bfloat16, "bool", False, True))
+    assert kernel.count(r"LDG\.E\S*\.128") >= 1
+    assert kernel.count(r"STG\.E\S*\.128") >= 1
+    assert kernel.count(r"LDG\.E\S*\.U16") == 0  # no score of its own
+
+
+@on_every_chip
+@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("classes", [28, 64, 128, 256, 512, 1024, 20000])
+def test_zlpr_kl_div(chip: str, classes: int, scores_dtype: torch.dtype) -> None:
+    scores, other = torch.empty(2, 1, 64, classes, dtype=scores_dtype)
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    compile_for(chip, lambda: zlpr_kl_div.forward(scores, other, mask))
+    compile_for(chip, lambda: zlpr_kl_div.backward(scores, other, mask, torch.empty(64), 1.0, True, True))
+
+
+@on_every_chip
+@pytest.mark.parametrize("scores_dtype", [torch.float16, torch.float32], ids=str)
+def test_scale_rows(chip: str, scores_dtype: torch.dtype) -> None:
+    grad = torch.empty(64, 4096, dtype=scores_dtype)
+    for upstream in (torch.empty(64), torch.empty(1).expand(64)):
+        compile_for(chip, lambda u=upstream: scale_rows.scale_(grad, u, 1.0))
