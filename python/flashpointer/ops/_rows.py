@@ -26,7 +26,7 @@ def register(
     the measured table.
     """
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashpointer::{name}", fake, lib=_library)
     if backward is not None:
