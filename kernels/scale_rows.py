@@ -28,10 +28,11 @@ def scale_rows_kernel(grad, upstream, classes, factor, stride_upstream, BLOCK: t
 
 
 def scale_(grad: torch.Tensor, upstream: torch.Tensor, factor: float) -> None:
-    """grad [rows, classes], contiguous, times ``factor * upstream`` [rows], whose stride may be 0."""
-    rows, classes = grad.shape
+    """grad [..., classes], contiguous, times ``factor * upstream``, a scalar or [...] of any strides."""
     if grad.numel() == 0:
         return
+    rows, classes = grad.shape[:-1].numel(), grad.shape[-1]
+    upstream = upstream.expand(grad.shape[:-1]).reshape(-1)
     if upstream.stride(0) == 0:  # one scalar for all: the rows are one long row
         rows, classes = 1, rows * classes
     with torch.cuda.device_of(grad):

@@ -74,3 +74,63 @@ def zlpr_kl_div(
         left_out = left_out | ~mask
     s, t = s.masked_fill(left_out, 0.0), t.masked_fill(left_out, 0.0)
     return _reduce(((torch.sigmoid(s) - torch.sigmoid(t)) * (s - t)).sum(-1), reduction)
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """RoPE over adjacent pairs: the pair (x_2i, x_2i+1) turned by the angle ``position * 10000 ** (-2i / D)``.
+
+    x ``[..., N, D]``; positions ``[N]``, or ``[B, N]`` for x ``[B, ..., N, D]``.
+    """
+    size = x.shape[-1]
+    theta = 10000.0 ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / size)
+    angle = positions.to(torch.float64).unsqueeze(-1) * theta
+    if positions.dim() == 2:
+        angle = angle.view(angle.shape[0], *[1] * (x.dim() - 3), *angle.shape[1:])
+    cos, sin = torch.cos(angle).to(x.dtype), torch.sin(angle).to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+def valid_cells(
+    length: int, mask: torch.Tensor | None, tril_mask: bool, max_width: int | None, device: torch.device
+) -> torch.Tensor:
+    """Which cells (start, end) may be spans: bool, broadcastable to ``[B, H, N, N]``."""
+    start, end = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None, :]
+    valid = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+    if tril_mask:
+        valid = valid & (start <= end)
+    if max_width is not None:
+        valid = valid & (end - start < max_width)
+    if mask is not None:
+        kept = mask.bool()
+        valid = valid & kept[:, None, :, None] & kept[:, None, None, :]
+    return valid
+
+
+def pointer_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+    rope: bool = True,
+    tril_mask: bool = True,
+    max_width: int | None = None,
+    scale: float | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """scale * <R_m q_m, R_n k_n> + start_m + end_n, -inf where no span can be."""
+    dtype, length = q.dtype, q.shape[-2]
+    q, k = _upcast(q), _upcast(k)
+    if rope:
+        positions = torch.arange(length, device=q.device) if positions is None else positions
+        q, k = rotate(q, positions), rotate(k, positions)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if scores.dim() == 3:
+        scores = scores.unsqueeze(1)
+    if start is not None:
+        scores = scores + _upcast(start).unsqueeze(-1)
+    if end is not None:
+        scores = scores + _upcast(end).unsqueeze(-2)
+    return scores.masked_fill(~valid_cells(length, mask, tril_mask, max_width, q.device), -torch.inf).to(dtype)

@@ -134,8 +134,5 @@ def _stored_gradient(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         scaled: torch.Tensor = grad * (upstream * ctx.factor).unsqueeze(-1)
         return scaled.to(grad.dtype)
-    rows = grad.shape[:-1]
-    backends.implementation("scale_rows", ctx.backend).scale_(
-        grad.view(rows.numel(), grad.shape[-1]), upstream.expand(rows).reshape(-1), ctx.factor
-    )
+    backends.implementation("scale_rows", ctx.backend).scale_(grad, upstream, ctx.factor)
     return grad

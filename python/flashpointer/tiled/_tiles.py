@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-# 1 MiB in float32: two or three such buffers stay in a core's cache, and each operation still outweighs its own call.
-TILE = 1 << 18
+# Half a MiB in float32: a few such buffers stay in cache, and each operation still outweighs its own call.
+TILE = 1 << 17
 
 
 def row_tiles(outer: int, inner: int, classes: int) -> Iterator[tuple[int, slice]]:

@@ -8,9 +8,11 @@ from ._tiles import row_tiles
 
 
 def scale_(grad: torch.Tensor, upstream: torch.Tensor, factor: float) -> None:
-    """grad [rows, classes] times ``factor * upstream`` [rows]; on a CPU, which can look, not if all factors are 1."""
-    scale = upstream.to(torch.promote_types(grad.dtype, torch.float32)).mul(factor).unsqueeze(-1)
+    """As ``kernels.scale_rows.scale_``; on a CPU, which can look, at once if all factors are 1."""
+    scale = upstream * factor
     if grad.device.type == "cpu" and bool((scale == 1).all()):
         return
-    for _, rows in row_tiles(1, *grad.shape):  # by tiles, for PyTorch multiplies a half through a float32 copy
-        grad[rows].mul_(scale[rows])
+    rows = grad.shape[:-1]
+    flat, scale = grad.view(rows.numel(), grad.shape[-1]), scale.expand(rows).reshape(-1, 1)
+    for _, part in row_tiles(1, *flat.shape):  # by tiles, for PyTorch multiplies a half through a float32 copy
+        flat[part].mul_(scale[part])
