@@ -268,9 +268,9 @@ class Plan(NamedTuple):
 
 
 LONGEST_BLOCK = 8192
-SWEEP_BLOCK = 2048
+SWEEP_BLOCK = 1024
 # Enough programs to fill the largest GPU of today several times over, without asking the driver how large this one is.
-ENOUGH_PROGRAMS = 1024
+ENOUGH_PROGRAMS = 2048
 
 
 def plan(rows: int, classes: int) -> Plan:
@@ -280,7 +280,7 @@ def plan(rows: int, classes: int) -> Plan:
         together = max(1, 1024 // block)
         return Plan(together, block, 0, max(4, block // 512))
     blocks = triton.cdiv(classes, SWEEP_BLOCK)
-    return Plan(1, SWEEP_BLOCK, min(blocks, max(1, ENOUGH_PROGRAMS // max(1, rows))), 8)
+    return Plan(1, SWEEP_BLOCK, min(blocks, max(1, ENOUGH_PROGRAMS // max(1, rows))), 4)
 
 
 def label_kind(labels: torch.Tensor) -> str:
