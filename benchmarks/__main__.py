@@ -1,0 +1,57 @@
+"""``python -m benchmarks``: see ``benchmarks/__init__.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import overhead, report
+from .measure import PASSES, OtherProcesses, measure, measure_ceilings
+from .suite import cases, ops
+
+# Of the table: a pipe has no width of its own.
+PIPE_WIDTH = 150
+
+
+def main() -> int:
+    known = ops()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the ops beside their rivals.")
+    parser.add_argument("tool", nargs="?", choices=("sweep", "overhead"), default="sweep", help="default: sweep")
+    parser.add_argument("--quick", action="store_true", help="few shapes, one dtype, under two minutes")
+    parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="NAME", help="default: all")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "local", metavar="DIR")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    if arguments.tool == "overhead":
+        console.print(overhead.table())
+        return 0
+
+    others = OtherProcesses()
+    torch.manual_seed(0)
+    device, seconds = torch.device(arguments.device), 0.2 if arguments.quick else 1.0
+    todo = cases([known[name] for name in arguments.op], device, arguments.quick)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Not refreshed of itself: that is a thread, which would draw beside what is timed.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("ceilings", total=1 + len(todo) * (1 + len(PASSES)))
+        ceilings = measure_ceilings(device, {case.dtype for case in todo}, seconds)
+
+        def announce(stage: str) -> None:
+            progress.update(task, advance=1, description=stage, refresh=True)
+
+        results = [measure(case, ceilings, seconds, announce) for case in todo]
+    header = report.conditions(device, others.share())
+    console.print(report.table(results, header, ceilings))
+    for file in report.write(arguments.out, results, header, ceilings):
+        console.print(f"wrote {file}")
+    return 0 if all(result.agrees for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

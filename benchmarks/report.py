@@ -1,0 +1,258 @@
+"""What was measured: as a table, as JSON, as plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import NullFormatter
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from .measure import PASSES, Ceilings, Failure, Measurement, Result, Timing
+from .suite import dtype_name
+
+COLOURS = {"eager": "#9aa5b1", "compile": "#4c78a8", "rival": "#e3a857", "ours": "#c8344f"}
+OTHERS = ("eager", "compile", "rival")
+
+SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+
+HOW_TO_READ = """\
+Medians, ± half the distance between the 20 % and the 80 % quantile. "/ ours": how many times as much as ours it takes.
+"of ceiling": how near ours comes to the measured ceiling, had it to read each input once and write each gradient once;
+above 100 % where a cache holds them. Peak memory: the most that was allocated above the inputs."""
+
+
+# --- conditions ----------------------------------------------------------------------------------------------------
+
+
+def conditions(device: torch.device, taken: float) -> dict[str, str]:
+    """What the numbers depend on besides the code; ``taken`` is the share of the CPU that other processes took."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cpu": cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "other processes": f"took {taken:.0%} of the CPU meanwhile",
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def cpu_name() -> str:
+    try:  # on Linux, where platform does not know
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+# --- table ---------------------------------------------------------------------------------------------------------
+
+
+def scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """To three digits, in the unit that suits it."""
+    scale, unit = next((u for u in units if value >= u[0]), units[-1])
+    return f"{short(value / scale)} {unit}"
+
+
+def short(value: float) -> str:
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def table(results: list[Result], header: dict[str, str], ceilings: Ceilings) -> RenderableType:
+    """The conditions, all cases, and what their reader must know."""
+    matrix = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype_name(dtype)}" for dtype, rate in ceilings.matrix.items())
+    header = {**header, "copy": f"{ceilings.bandwidth / 1e9:.1f} GB/s, read and written", "matrix product": matrix}
+    top = Table.grid(padding=(0, 2))
+    for key, value in header.items():
+        top.add_row(f"[dim]{key}[/]", value)
+
+    body = Table(box=box.SIMPLE_HEAD, show_lines=True, header_style="bold")
+    for column in ("case", "", *COLOURS):
+        body.add_column(column, style="bold" if column == "ours" else "", no_wrap=True)
+    for column in (*(f"{other}\n/ ours" for other in OTHERS), "of\nceiling"):
+        body.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        lines = list(case_lines(result)) if result.agrees else [["[bold red]FAILED[/]"]]
+        case = f"[bold]{result.case.op.name}[/]\n{result.case.shape}\n[dim]{dtype_name(result.case.dtype)}[/]"
+        body.add_row(case, *("\n".join(column) for column in zip(*lines, strict=True)))
+
+    rivals = {r.case.op.name: f"rival of {r.case.op.name}: {rival_name(r)}" for r in results}
+    return Group(top, body, *failures(results), *rivals.values(), f"[dim]{HOW_TO_READ}[/]")
+
+
+def case_lines(result: Result) -> list[list[str]]:
+    """For each pass and quantity its name, the four contenders, the three ratios and the share of the ceiling."""
+    lines = []
+    for name, contenders in result.passes.items():
+        for what, label in (("time", name), ("graph", "  in a graph"), ("peak", "  peak memory")):
+            if any(getattr(m, what) is not None for m in contenders.values()):
+                ratios = [result.ratio(name, what, other) for other in OTHERS]
+                share = None if what == "peak" else result.share(name, what)
+                lines.append(
+                    [label]
+                    + [cell(contenders[c], what) for c in COLOURS]
+                    + ["" if r is None else f"{short(r)} x" for r in ratios]
+                    + ["" if share is None else f"{share:.1%}"]
+                )
+    return lines
+
+
+def cell(measurement: Measurement, what: str) -> str:
+    value = getattr(measurement, what)
+    if isinstance(value, Failure):
+        return f"[yellow]{escape(value.partition(':')[0])}[/]"
+    if isinstance(value, Timing):
+        return f"{scaled(value.median, SECONDS)} [dim]±{(value.high - value.low) / 2 / value.median:.0%}[/]"
+    return "" if value is None else scaled(value, BYTES)
+
+
+def rival_name(result: Result) -> str:
+    return (result.case.op.rival.__doc__ or "").partition("\n")[0]
+
+
+def failures(results: list[Result]) -> list[str]:
+    """The checks that failed and what the contenders raised, in full."""
+    said = []
+    for result in results:
+        if isinstance(result.agreement, Failure):
+            said.append(f"[red]{result.case}: the check raised {escape(result.agreement)}[/]")
+        elif not result.agrees:
+            said.append(f"[red]{result.case} disagrees with the reference: {'; '.join(map(str, result.agreement))}[/]")
+        for name, contenders in result.passes.items():
+            for contender, m in contenders.items():
+                raised = [value for value in (m.time, m.graph, m.peak) if isinstance(value, Failure)]
+                said += [f"[yellow]{result.case}, {name}, {contender}: {escape(value)}[/]" for value in raised]
+    return said
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def record(results: list[Result], header: dict[str, str], ceilings: Ceilings) -> dict[str, Any]:
+    """Everything, in seconds and bytes."""
+    return {
+        "conditions": header,
+        "bytes_per_second": ceilings.bandwidth,
+        "flop_per_second": {dtype_name(dtype): rate for dtype, rate in ceilings.matrix.items()},
+        "cases": [case_record(result) for result in results],
+    }
+
+
+def case_record(result: Result) -> dict[str, Any]:
+    case, agreement = result.case, result.agreement
+    return {
+        "op": case.op.name,
+        "size": case.shape.size,
+        "why": case.shape.why,
+        "dtype": dtype_name(case.dtype),
+        "rival": rival_name(result),
+        "agrees": result.agrees,
+        "agreement": agreement if isinstance(agreement, Failure) else [{**a._asdict(), "ok": a.ok} for a in agreement],
+        "passes": {
+            name: {
+                "seconds_at_ceiling": result.floors[name],
+                "share_of_ceiling": result.share(name, "time"),
+                "contenders": {contender: dataclasses.asdict(m) for contender, m in contenders.items()},
+                "over_ours": {
+                    what: {other: result.ratio(name, what, other) for other in OTHERS}
+                    for what in ("time", "graph", "peak")
+                },
+            }
+            for name, contenders in result.passes.items()
+        },
+    }
+
+
+def write(out: Path, results: list[Result], header: dict[str, str], ceilings: Ceilings) -> list[Path]:
+    """results.json, and a plot for each op and dtype of which anything was measured."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "results.json"]
+    files[0].write_text(json.dumps(record(results, header, ceilings), indent=1) + "\n")
+    plots: dict[str, list[Result]] = {}
+    for result in results:
+        if result.agrees:
+            plots.setdefault(f"{result.case.op.name}-{dtype_name(result.case.dtype)}.png", []).append(result)
+    for file, of_plot in plots.items():
+        figure(of_plot, header).savefig(out / file, dpi=150)
+        files.append(out / file)
+    return files
+
+
+# --- plots ---------------------------------------------------------------------------------------------------------
+
+
+def figure(results: list[Result], header: dict[str, str]) -> Figure:
+    """Time above, peak memory below, of forward + backward at each shape of an op in a dtype."""
+    name, case = next(iter(PASSES)), results[0].case
+    canvas = Figure(figsize=(max(8, 1 + 2 * len(results)), 8), layout="constrained")
+    canvas.suptitle(f"{case.op.name}, {dtype_name(case.dtype)}, {header['device']}", weight="bold", size=13)
+    time, memory = canvas.subplots(2, 1)
+    bars(time, results, name, "time", SECONDS)
+    time.set_ylabel(name)
+    keys = [Patch(color=colour, label=contender) for contender, colour in COLOURS.items()]
+    time.legend(handles=keys, ncols=len(keys), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    bars(memory, results, name, "peak", BYTES)
+    memory.set_ylabel(f"{name}, peak memory")
+    caption = (
+        "Over a bar: how many times as much as ours. Medians, whiskers from the 20 % to the 80 % quantile.",
+        f"Rival: {rival_name(results[0])}.",
+        f"{header['cpu']}, threads: {header['threads']}; other processes {header['other processes']};"
+        f" torch {header['torch']}, triton {header['triton']}; {header['date']}.",
+    )
+    canvas.supxlabel("\n".join(caption), size=8, color="#555555")
+    return canvas
+
+
+def bars(axes: Axes, results: list[Result], name: str, what: str, units: Sequence[tuple[float, str]]) -> None:
+    """A group of bars for each result, on a log scale that starts below the lowest."""
+    width = 0.8 / len(COLOURS)
+    tops = []
+    for i, (contender, colour) in enumerate(COLOURS.items()):
+        for x, result in enumerate(results):
+            place = x + (i - (len(COLOURS) - 1) / 2) * width
+            measured = result.passes[name][contender]
+            value, ratio = measured.number(what), result.ratio(name, what, contender)
+            if value is None:
+                axes.text(place, 0.02, "failed", rotation=90, ha="center", transform=axes.get_xaxis_transform())
+                continue
+            axes.bar(place, value, width, color=colour)
+            top = value
+            if what == "time" and isinstance(measured.time, Timing):
+                axes.vlines(place, measured.time.low, measured.time.high, color="black", linewidth=0.8)
+                top = measured.time.high
+            tops.append(top)
+            text = scaled(value, units) if contender == "ours" else "" if ratio is None else f"{short(ratio)}x"
+            axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center", size=7)
+    axes.set_yscale("log")
+    axes.set_ylim(10 ** math.floor(math.log10(min(tops, default=1) / 2)), max(tops, default=1) * 2)
+    axes.yaxis.set_major_formatter(lambda value, _: scaled(value, units).replace(".00", "").replace(".0", ""))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(-0.6, len(results) - 0.4)
+    axes.set_xticks(range(len(results)), [str(result.case.shape) for result in results])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd")
+    axes.set_axisbelow(True)

@@ -1,0 +1,104 @@
+"""What a benchmark is: an op declares itself in the file of its name, and nothing else knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+import flashpointer
+
+Inputs = dict[str, torch.Tensor]
+Loss = Callable[..., torch.Tensor]
+
+# The first is the one that counts: what the device is trained in. The others are for the full sweep.
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float32)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A size, and why it is worth measuring."""
+
+    size: tuple[int, ...]
+    why: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def __str__(self) -> str:
+        return " x ".join(f"{n:,}" for n in self.size)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's declaration. The first line of the rival's docstring says what the rival is."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    quick: tuple[tuple[int, ...], ...]  # the sizes of --quick
+    make_inputs: Callable[[tuple[int, ...], torch.dtype, torch.device], Inputs]  # random, by argument name
+    differentiate: tuple[str, ...]
+    rival: Loss
+    rival_inputs: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what the rival takes in their place
+    # (inputs, with backward?) of the matrix products that no implementation can do without: none if bound by memory
+    matrix_flops: Callable[[Inputs, bool], float] = lambda inputs, backward: 0.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    function: Loss
+    inputs: Callable[[Inputs], Inputs] = lambda inputs: inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one shape and dtype on one device."""
+
+    op: Op
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.op.name} {self.shape} {dtype_name(self.dtype)}"
+
+    def inputs(self) -> Inputs:
+        inputs = self.op.make_inputs(self.shape.size, self.dtype, self.device)
+        return {k: v.requires_grad_() if k in self.op.differentiate else v for k, v in inputs.items()}
+
+    def contenders(self) -> dict[str, Contender]:
+        eager = getattr(flashpointer.reference, self.op.name)
+        return {
+            "eager": Contender(eager),
+            # fullgraph and static shapes: an error rather than a half-compiled contender, and its best case.
+            "compile": Contender(torch.compile(eager, fullgraph=True, dynamic=False)),
+            "rival": Contender(self.op.rival, self.op.rival_inputs),
+            "ours": Contender(getattr(flashpointer, self.op.name)),
+        }
+
+    def least_bytes(self, inputs: Inputs, backward: bool) -> int:
+        """The least memory traffic of any implementation: each input read once, each gradient written once. The loss, a
+        scalar, and whatever an implementation stores between forward and backward are not counted."""
+        gradients = sum(inputs[name].nbytes for name in self.op.differentiate) if backward else 0
+        return sum(x.nbytes for x in inputs.values()) + gradients
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def ops() -> dict[str, Op]:
+    """The declarations: of each public op that has a file of its name here."""
+    names = [name for name in flashpointer.__all__ if Path(__file__).with_name(f"{name}.py").exists()]
+    return {name: import_module(f".{name}", __package__).OP for name in names}
+
+
+def cases(chosen: Iterable[Op], device: torch.device, quick: bool) -> list[Case]:
+    return [
+        Case(op, shape, dtype, device)
+        for op in chosen
+        for dtype in DTYPES[device.type][: 1 if quick else None]
+        for shape in op.shapes
+        if device.type in shape.devices and (not quick or shape.size in op.quick)
+    ]
