@@ -152,15 +152,18 @@ def input_sets(case: Case) -> list[Inputs]:
 
 
 def run_of(contender: Contender, sets: list[Inputs], differentiate: tuple[str, ...]) -> Run:
-    """The loss, and its gradients by the arguments to ``differentiate``: without any, under no_grad."""
+    """The loss, and its gradients by the arguments to ``differentiate``: without any, under no_grad. Where the op gives
+    more than one number, their upstream gradients are random and made before the clock starts."""
     own_sets = [contender.inputs(inputs) for inputs in sets]
+    with torch.no_grad():
+        upstream = torch.randn_like(contender.function(**own_sets[0])) if differentiate else None
 
     def run(repetition: int) -> None:
         inputs = own_sets[repetition % len(own_sets)]
         with torch.set_grad_enabled(bool(differentiate)):
             loss = contender.function(**inputs)
         if differentiate:
-            torch.autograd.grad(loss, [inputs[name] for name in differentiate])
+            torch.autograd.grad(loss, [inputs[name] for name in differentiate], upstream)
 
     return run
 

@@ -41,6 +41,8 @@ class Op:
     differentiate: tuple[str, ...]
     rival: Loss
     rival_inputs: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what the rival takes in their place
+    # of a size, the numbers that the op returns: written in forward, and their gradients read in backward
+    outputs: Callable[[tuple[int, ...]], int] = lambda size: 1
     # (inputs, with backward?) of the matrix products that no implementation can do without: none if bound by memory
     matrix_flops: Callable[[Inputs, bool], float] = lambda inputs, backward: 0.0
 
@@ -78,10 +80,12 @@ class Case:
         }
 
     def least_bytes(self, inputs: Inputs, backward: bool) -> int:
-        """The least memory traffic of any implementation: each input read once, each gradient written once. The loss, a
-        scalar, and whatever an implementation stores between forward and backward are not counted."""
-        gradients = sum(inputs[name].nbytes for name in self.op.differentiate) if backward else 0
-        return sum(x.nbytes for x in inputs.values()) + gradients
+        """The least memory traffic of any implementation: each input read once, the output written once; with backward
+        its gradient read once, and each gradient of an input written once. What an implementation stores between
+        forward and backward is not counted."""
+        outputs = self.op.outputs(self.shape.size) * self.dtype.itemsize
+        gradients = outputs + sum(inputs[name].nbytes for name in self.op.differentiate) if backward else 0
+        return sum(x.nbytes for x in inputs.values()) + outputs + gradients
 
 
 def dtype_name(dtype: torch.dtype) -> str:

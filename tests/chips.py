@@ -56,7 +56,7 @@ class Compiled(NamedTuple):
 
     name: str
     shared: int  # bytes
-    spills: int  # bytes of local memory a thread, or spilled registers on AMD
+    spills: int  # bytes of local memory a thread; on AMD spilled vector registers as well
     assembly: str
 
     def count(self, instruction: str) -> int:
@@ -88,7 +88,8 @@ def _report(kernel: Any) -> Compiled:
     name, shared = kernel.metadata.name, kernel.metadata.shared
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+        # Scalar registers that do not suffice go to lanes of vector registers, not to memory, and are no spill here.
+        spills = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
         return Compiled(name, shared, spills, text)
     usage, assembly = _cuobjdump(kernel.asm["cubin"], "--dump-resource-usage"), _cuobjdump(kernel.asm["cubin"], "-sass")
     spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from flashpointer.kernels import scale_rows, sparse_zlpr_loss, zlpr_kl_div, zlpr_loss  # noqa: E402
+from flashpointer.kernels import pointer_scores, scale_rows, sparse_zlpr_loss, zlpr_kl_div, zlpr_loss  # noqa: E402
 
 from .chips import CHIPS, Compiled, compiling_for  # noqa: E402
 from .conftest import INTERPRETED  # noqa: E402
@@ -104,3 +104,27 @@ def test_scale_rows(chip: str, scores_dtype: torch.dtype) -> None:
     grad = torch.empty(64, 4096, dtype=scores_dtype)
     for upstream in (torch.empty(64), torch.empty(())):
         compile_for(chip, lambda u=upstream: scale_rows.scale_(grad, u, 1.0))
+
+
+MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bH?G?MMA|\bHMMA", "sm_100": r"\bUTC\w*MMA|\bHMMA", "gfx942": r"\bv_mfma"}
+
+
+@on_every_chip
+@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("head_size", [16, 64, 256])
+def test_pointer_scores(
+    chip: str, head_size: int, shared: bool, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
+    q, k = torch.empty(2, 2, 1 if shared else 9, 128, head_size, dtype=scores_dtype)
+    start, end = torch.empty(2, 2, 9, 128, dtype=scores_dtype)
+    angles = torch.empty(1, 128, head_size // 2)
+    for mask, max_width in ((torch.empty(2, 128, dtype=torch.bool), 30), (None, None)):
+        problem = pointer_scores.Problem(mask, angles, angles, True, max_width, 0.125)
+        (kernel,) = compile_for(chip, lambda p=problem: pointer_scores.forward(q, k, start, end, 9, p))
+        assert kernel.count(MATRIX[chip]) > 0
+        grad = torch.empty(2, 9, 128, 128, dtype=scores_dtype)
+        _, *sweeps = compile_for(chip, lambda p=problem, g=grad: pointer_scores.backward(g, q, k, True, True, p))
+        assert len(sweeps) == 2
+        assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)

@@ -9,11 +9,22 @@ On a CUDA device the ops run as Triton kernels, elsewhere as tiled PyTorch: ``py
 
 from importlib.metadata import version as _version
 
-from . import nn, reference
+from . import convert, nn, reference, spans
 from .backends import use_backend
+from .ops.pointer_scores import pointer_scores
 from .ops.sparse_zlpr_loss import sparse_zlpr_loss
 from .ops.zlpr_kl_div import zlpr_kl_div
 from .ops.zlpr_loss import zlpr_loss
 
 __version__ = _version("flashpointer")
-__all__ = ["nn", "reference", "sparse_zlpr_loss", "use_backend", "zlpr_kl_div", "zlpr_loss"]
+__all__ = [
+    "convert",
+    "nn",
+    "pointer_scores",
+    "reference",
+    "spans",
+    "sparse_zlpr_loss",
+    "use_backend",
+    "zlpr_kl_div",
+    "zlpr_loss",
+]

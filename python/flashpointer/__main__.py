@@ -33,11 +33,18 @@ def _zlpr_kl_div(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {"scores": scores.to(dtype), "other": (scores + torch.randn_like(scores)).to(dtype)}
 
 
+def _pointer_scores(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    vectors = {name: torch.randn(2, 100, 64, device=device).to(dtype) for name in ("q", "k")}
+    biases = {name: torch.randn(2, 9, 100, device=device).to(dtype) for name in ("start", "end")}
+    return {**vectors, **biases, "mask": torch.arange(100, device=device).expand(2, -1) < 80}
+
+
 # Each op with what makes its inputs and the arguments that are differentiated.
 OPS: dict[str, tuple[Callable[[torch.device, torch.dtype], dict[str, Any]], tuple[str, ...]]] = {
     "zlpr_loss": (_zlpr_loss, ("scores",)),
     "sparse_zlpr_loss": (_sparse_zlpr_loss, ("scores",)),
     "zlpr_kl_div": (_zlpr_kl_div, ("scores", "other")),
+    "pointer_scores": (_pointer_scores, ("q", "k", "start", "end")),
 }
 
 
