@@ -9,7 +9,6 @@ import torch
 
 from ._tiles import TILE, computing_dtype
 
-
 # To a tile, for fewer operations pass over it than over those of a loss.
 CELLS = 2 * TILE
 
