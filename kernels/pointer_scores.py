@@ -44,7 +44,7 @@ def load_rotated(
 ):  # fmt: skip
     """CHUNK pairs of the tokens' vectors, turned: even and odd elements, [BLOCK, CHUNK] each, in the dtype of x."""
     d = 2 * first + tl.arange(0, 2 * CHUNK)[None, :]
-    at = x + token.to(tl.int64)[:, None] * stride_n + d * stride_d
+    at = x + token.to(tl.int64)[:, None] * stride_n + d.to(tl.int64) * stride_d
     pairs = tl.load(at, mask=inside[:, None] & (d < 2 * HALF), other=0.0)
     even, odd = tl.split(tl.reshape(pairs, [BLOCK, CHUNK, 2]))
     if ROPE:
@@ -256,10 +256,10 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-def plan(own_heads: int, dtype: torch.dtype) -> Plan:
+def plan(own_heads: int, head_size: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule: one product serves up to eight heads that share it."""
     heads = 8 if own_heads == 1 else 1
-    return Plan(32, 16, heads, 4) if dtype == torch.float32 else Plan(64, 32, heads, 4)
+    return Plan(32, 16, heads, 4) if dtype == torch.float32 or head_size <= 32 else Plan(64, 32, heads, 4)
 
 
 def _strides(x: torch.Tensor) -> tuple[int, ...]:
@@ -313,7 +313,7 @@ def forward(
     scores = torch.empty((batch, heads, length, length), dtype=q.dtype, device=q.device)
     if scores.numel() == 0:
         return scores
-    rule = plan(own_heads, q.dtype)
+    rule = plan(own_heads, size, q.dtype)
     mask, cos, sin = problem.pointers(q)
     bias_strides = [(0, 0, 0) if bias is None else bias.stride() for bias in (start, end)]
     with torch.cuda.device_of(q):
@@ -346,7 +346,7 @@ def backward(
     )
     if grad.numel() == 0:
         return d_q.zero_(), d_k.zero_(), d_start, d_end
-    rule = plan(own_heads, q.dtype)
+    rule = plan(own_heads, size, q.dtype)
     tiles = triton.cdiv(length, rule.block)
     mask, cos, sin = problem.pointers(q)
     constants = {"BLOCK": rule.block, "num_warps": rule.num_warps, **problem.constants()}
@@ -374,6 +374,6 @@ def backward(
                 grad, x, mask, cos, sin, out, own_heads, length, problem.max_width or 0, problem.scale,
                 *along, *x.stride(), *problem.strides(),
                 HALF=size // 2, ROPE=problem.cos is not None, COLUMNS=x is q, PRECISION=float32_precision(),
-                CHUNK=rule.chunk, **constants,
+                CHUNK=rule.chunk, num_stages=2, **constants,
             )  # fmt: skip
     return d_q, d_k, d_start, d_end

@@ -110,7 +110,7 @@ MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bH?G?MMA|\bHMMA", "sm_100": r"\bUTC\w*
 
 
 @on_every_chip
-@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("head_size", [16, 64, 256])
 def test_pointer_scores(
@@ -120,11 +120,10 @@ def test_pointer_scores(
     q, k = torch.empty(2, 2, 1 if shared else 9, 128, head_size, dtype=scores_dtype)
     start, end = torch.empty(2, 2, 9, 128, dtype=scores_dtype)
     angles = torch.empty(1, 128, head_size // 2)
-    for mask, max_width in ((torch.empty(2, 128, dtype=torch.bool), 30), (None, None)):
-        problem = pointer_scores.Problem(mask, angles, angles, True, max_width, 0.125)
-        (kernel,) = compile_for(chip, lambda p=problem: pointer_scores.forward(q, k, start, end, 9, p))
-        assert kernel.count(MATRIX[chip]) > 0
-        grad = torch.empty(2, 9, 128, 128, dtype=scores_dtype)
-        _, *sweeps = compile_for(chip, lambda p=problem, g=grad: pointer_scores.backward(g, q, k, True, True, p))
-        assert len(sweeps) == 2
-        assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)
+    problem = pointer_scores.Problem(torch.empty(2, 128, dtype=torch.bool), angles, angles, True, 30, 0.125)
+    (kernel,) = compile_for(chip, lambda: pointer_scores.forward(q, k, start, end, 9, problem))
+    assert kernel.count(MATRIX[chip]) > 0
+    grad = torch.empty(2, 9, 128, 128, dtype=scores_dtype)
+    _, *sweeps = compile_for(chip, lambda: pointer_scores.backward(grad, q, k, True, True, problem))
+    assert len(sweeps) == 2
+    assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)
