@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashpointer as fp
+from benchmarks.sparse_zlpr_loss import rival
 from flashpointer.agreement import compare, run
 
 from .conftest import Place
@@ -80,6 +81,17 @@ def test_learned_positives_stay_up(place: Place) -> None:
         loss, grad = run(fp.sparse_zlpr_loss, {"scores": scores, "positives": lists}, ("scores",))
         assert loss > 0
         assert grad[0, [7, 9000]].max() < 0
+
+
+def test_the_numbers_of_the_readme(place: Place) -> None:
+    """The usual formula, and this one, on two positives at 14 and 16,382 negatives at -12."""
+    scores = torch.full((1, 16384), -12.0, device=place.device)
+    scores[0, :2] = 14.0
+    lists = torch.tensor([[0, 1]], device=place.device)
+    usual, grad = run(rival, {"scores": scores, "positives": lists}, ("scores",))
+    assert round(usual.item(), 2) == -1.42
+    assert grad[0, :2].min() > 0.4  # downhill is down
+    assert round(fp.sparse_zlpr_loss(scores, lists).item(), 3) == 0.096
 
 
 def test_duplicates_and_order_do_not_matter(place: Place) -> None:
