@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
-import tempfile
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import flashpointer as fp
 from flashpointer.agreement import Agreement, relative_error
 from flashpointer.spans import to_dense
 
 from .conftest import Place
+from .processes import run_in_two
 
 BATCH, LENGTH, HIDDEN, HEADS, SIZE = 4, 7, 12, 3, 8
 HEAD_TYPES = {
@@ -266,9 +265,8 @@ def test_repr() -> None:
         assert part in repr(head)
 
 
-def _parallel_step(rank: int, folder: str) -> None:
+def _parallel_step(rank: int) -> None:
     """One of two processes: its half of the batch must give the gradient of the whole."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -289,13 +287,11 @@ def _parallel_step(rank: int, folder: str) -> None:
     parallel(tokens[2 * rank : 2 * rank + 2], own).backward()
     for parameter, expected in zip(model.parameters(), whole.parameters(), strict=True):
         assert relative_error(parameter.grad, expected.grad) < 1e-5
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_data_parallel() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_parallel_step, (folder,), nprocs=2)
+    run_in_two(_parallel_step)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +13,7 @@ from flashpointer.agreement import relative_error
 
 from .conftest import Place
 from .problems import OPS, problem
+from .processes import run_in_two
 
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -101,9 +99,8 @@ def test_training_learns_the_labels(place: Place) -> None:
         assert ((layer(hidden) > 0) == labels).float().mean() > 0.99
 
 
-def _parallel_step(rank: int, folder: str, kind: str) -> None:
+def _parallel_step(rank: int, kind: str) -> None:
     """One of two processes: its half of the batch, through DDP or FSDP2, must give the gradient of the whole."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     torch.manual_seed(0)
     layer, whole = nn.Linear(8, 50), nn.Linear(8, 50)
     whole.load_state_dict(layer.state_dict())
@@ -120,11 +117,9 @@ def _parallel_step(rank: int, folder: str, kind: str) -> None:
     grad = layer.weight.grad
     grad = grad.full_tensor() if kind == "fsdp2" else grad
     assert relative_error(grad, whole.weight.grad) < 1e-6
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_data_parallel(kind: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_parallel_step, (str(Path(folder)), kind), nprocs=2)
+    run_in_two(_parallel_step, kind)

@@ -1,0 +1,115 @@
+"""What the pointer ops share: the checks of their arguments, the angles of RoPE, one layout for both kinds of heads."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _checks
+
+Bias = torch.Tensor | None
+
+
+def check(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: Bias,
+    end: Bias,
+    *,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    max_width: int | None,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, Bias, Bias, torch.Tensor | None, int, float]:
+    """q, k, start and end in the dtype of autocast, the mask as bool, the number of heads, and the scale.
+
+    Raises:
+        TypeError, ValueError: for an argument of wrong type, shape, device or value.
+    """
+    _checks.check_tensor(op, "q", q, "a floating-point tensor [B, N, D] or [B, H, N, D]", _checks.FLOATS)
+    _checks.check_tensor(op, "k", k, "a floating-point tensor like q", _checks.FLOATS)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, start, end = (None if x is None else x.to(dtype) for x in (q, k, start, end))  # type: ignore[assignment]
+    heads = _check_shapes(op, q, k, start, end)
+    mask = _check_mask(op, mask, q)
+    _check_positions(op, positions, q)
+    if max_width is not None and (not isinstance(max_width, int) or max_width < 1):
+        raise ValueError(f"{op}: max_width takes an int of at least 1, or None; got {_checks.describe(max_width)}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale takes a number, or None; got {_checks.describe(scale)}")
+    return q, k, start, end, mask, heads, q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _check_shapes(
+    op: str, q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None
+) -> int:
+    """The number of heads."""
+    if q.dim() not in (3, 4) or q.shape[-1] % 2 or not 2 <= q.shape[-1] <= 256:
+        raise ValueError(
+            f"{op}: q must be [B, N, D] or [B, H, N, D] with an even D of at most 256; got {_checks.describe(q)}"
+        )
+    if k.shape != q.shape or k.dtype != q.dtype:
+        raise ValueError(
+            f"{op}: k must have the shape and dtype of q, {_checks.describe(q)}; got {_checks.describe(k)}"
+        )
+    check_device(op, "k", k, q)
+    heads = q.shape[1] if q.dim() == 4 else None
+    for name, bias in (("start", start), ("end", end)):
+        if bias is None:
+            continue
+        _checks.check_tensor(op, name, bias, f"a {q.dtype} tensor [B, H, N], as q is", [q.dtype])
+        if bias.dim() != 3 or bias.shape[0] != q.shape[0] or bias.shape[2] != q.shape[-2]:
+            takes = f"[{q.shape[0]}, H, {q.shape[-2]}], to fit q of shape {tuple(q.shape)}"
+            raise ValueError(f"{op}: {name} must be {takes}; got {_checks.describe(bias)}")
+        if heads is not None and bias.shape[1] != heads:
+            raise ValueError(f"{op}: {name} must have {heads} heads, as q or start has; got {_checks.describe(bias)}")
+        check_device(op, name, bias, q)
+        heads = bias.shape[1]
+    return 1 if heads is None else heads
+
+
+def check_device(op: str, name: str, value: torch.Tensor, q: torch.Tensor) -> None:
+    if value.device != q.device:
+        raise ValueError(f"{op}: {name} must be on {q.device}, where q is; got {_checks.describe(value)}")
+
+
+def _check_mask(op: str, mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    takes = "a bool tensor [B, N], or one of 0 and 1"
+    _checks.check_tensor(op, "mask", mask, takes, (torch.bool, *_checks.INTEGERS, *_checks.FLOATS))
+    if mask.shape != (q.shape[0], q.shape[-2]):
+        takes = f"[B, N] = {(q.shape[0], q.shape[-2])}, to fit q of shape {tuple(q.shape)}"
+        raise ValueError(f"{op}: mask must be {takes}; got {_checks.describe(mask)}")
+    check_device(op, "mask", mask, q)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _check_positions(op: str, positions: torch.Tensor | None, q: torch.Tensor) -> None:
+    if positions is None:
+        return
+    _checks.check_tensor(op, "positions", positions, "an integer tensor [N] or [B, N]", _checks.INTEGERS)
+    if positions.shape not in ((q.shape[-2],), (q.shape[0], q.shape[-2])):
+        takes = f"[N] or [B, N], to fit q of shape {tuple(q.shape)}"
+        raise ValueError(f"{op}: positions must be {takes}; got {_checks.describe(positions)}")
+    check_device(op, "positions", positions, q)
+
+
+def angles(
+    q: torch.Tensor, positions: torch.Tensor | None, rope: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """cos and sin [B or 1, N, D / 2] of the tokens' angles, from float64: 10^5 radians leave float32 two digits."""
+    if not rope:
+        return None, None
+    length, size = q.shape[-2:]
+    theta = 10000.0 ** (-torch.arange(0, size, 2, device=q.device, dtype=torch.float64) / size)
+    positions = torch.arange(length, device=q.device) if positions is None else positions
+    angle = positions.reshape(-1 if length else 1, length, 1) * theta
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.cos(angle).to(dtype), torch.sin(angle).to(dtype)
+
+
+def per_head(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """[B, N, D] as [B, 1, N, D]."""
+    return [x.unsqueeze(1) if x.dim() == 3 else x for x in tensors]
