@@ -2,9 +2,8 @@
 
     s[b, h, m, n] = scale * <R_m q[b, (h,) m], R_n k[b, (h,) n]> + start[b, h, m] + end[b, h, n]
 
--inf where no span can be: a token that the mask drops, m > n under the triangle, n - m >= max_width. R turns the pair
-(x_2i, x_2i+1) by the angle position * theta_i. A product does not mind the order of its terms, so the even and the odd
-elements are loaded, turned and multiplied apart: <Rq, Rk> = <q_even', k_even'> + <q_odd', k_odd'>.
+-inf where no span can be: a token that the mask drops, m > n under the triangle, n - m >= max_width. R is the rotary
+embedding: ``rotate`` turns q and k beforehand and leaves 0 for the tokens that the mask drops.
 
 Forward is one write of the scores: a tile of q.k serves all heads that share q and k, and a tile without a valid cell
 computes nothing. Backward, with G the upstream gradient, 0 outside the valid cells:
@@ -13,47 +12,29 @@ computes nothing. Backward, with G the upstream gradient, 0 outside the valid ce
     dq = R^T (S R k)          dk = R^T (S^T R q)
 
 One sweep reads G and leaves S [B, N, N] and the sums of each tile, which are added in a fixed order; then one sweep
-along the rows and one along the columns of S give dq and dk. Heads with q and k of their own have no S but G, and the
-two sweeps read that.
+along the rows and one along the columns of S give dq and dk, which are turned back in place. Heads with q and k of
+their own have no S but G, and the two sweeps read that.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .rotate import rotate, rotate_back_
+
 # --- mathematics ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_angles(cos, sin, token, inside, first, HALF: tl.constexpr, CHUNK: tl.constexpr):
-    """cos and sin of CHUNK of the tokens' angles: [BLOCK, CHUNK]."""
-    i = first + tl.arange(0, CHUNK)[None, :]
-    here = inside[:, None] & (i < HALF)
-    at = token[:, None] * HALF + i
-    return tl.load(cos + at, mask=here, other=0.0), tl.load(sin + at, mask=here, other=0.0)
-
-
-@triton.jit
-def load_rotated(
-    x, cos, sin, token, inside, first, stride_n, stride_d,
-    HALF: tl.constexpr, CHUNK: tl.constexpr, ROPE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """CHUNK pairs of the tokens' vectors, turned: even and odd elements, [BLOCK, CHUNK] each, in the dtype of x."""
-    d = 2 * first + tl.arange(0, 2 * CHUNK)[None, :]
-    at = x + token.to(tl.int64)[:, None] * stride_n + d.to(tl.int64) * stride_d
-    pairs = tl.load(at, mask=inside[:, None] & (d < 2 * HALF), other=0.0)
-    even, odd = tl.split(tl.reshape(pairs, [BLOCK, CHUNK, 2]))
-    if ROPE:
-        c, s = load_angles(cos, sin, token, inside, first, HALF, CHUNK)
-        e = even.to(tl.float32)
-        o = odd.to(tl.float32)
-        even = (e * c - o * s).to(x.dtype.element_ty)
-        odd = (o * c + e * s).to(x.dtype.element_ty)
-    return even, odd
+def load_vectors(x, token, first, length, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """CHUNK elements of the tokens' vectors x [length, SIZE], contiguous: [BLOCK, CHUNK], 0 beyond both."""
+    d = first + tl.arange(0, CHUNK)[None, :]
+    at = x + token.to(tl.int64)[:, None] * SIZE + d
+    return tl.load(at, mask=(token < length)[:, None] & (d < SIZE), other=0.0)
 
 
 @triton.jit
@@ -93,30 +74,27 @@ def may_be_valid(
 
 @triton.jit
 def tile_product(
-    q, k, cos, sin, m, n, kept_m, kept_n, stride_qn, stride_qd, stride_kn, stride_kd,
-    HALF: tl.constexpr, CHUNK: tl.constexpr, ROPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """<R q_m, R k_n> of a tile, in float32."""
+    q, k, m, n, length, SIZE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
+):
+    """<q_m, k_n> of a tile, in float32; q, k [length, SIZE], turned."""
     product = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    for first in range(0, HALF, CHUNK):
-        q_even, q_odd = load_rotated(q, cos, sin, m, kept_m, first, stride_qn, stride_qd, HALF, CHUNK, ROPE, BLOCK)
-        k_even, k_odd = load_rotated(k, cos, sin, n, kept_n, first, stride_kn, stride_kd, HALF, CHUNK, ROPE, BLOCK)
-        product = tl.dot(q_even, tl.trans(k_even), acc=product, input_precision=PRECISION)
-        product = tl.dot(q_odd, tl.trans(k_odd), acc=product, input_precision=PRECISION)
+    for first in range(0, SIZE, CHUNK):
+        q_m = load_vectors(q, m, first, length, SIZE, CHUNK)
+        k_n = load_vectors(k, n, first, length, SIZE, CHUNK)
+        product = tl.dot(q_m, tl.trans(k_n), acc=product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
 def pointer_scores_kernel(
-    q, k, start, end, mask, cos, sin, scores,
-    heads, length, max_width, scale,
-    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn, stride_cb,
-    HALF: tl.constexpr, ROPE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+    q, k, start, end, mask, scores,
+    heads, own_heads, length, max_width, scale,
+    stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn,
+    SIZE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
     HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK, BLOCK] of the scores of HEADS heads to a program."""
+    """A tile [BLOCK, BLOCK] of the scores of HEADS heads, which share q and k, to a program."""
     tiles = tl.cdiv(length, BLOCK)
     b = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
     m_first = tl.program_id(0) % (tiles * tiles) // tiles * BLOCK
@@ -131,14 +109,10 @@ def pointer_scores_kernel(
     inside = (m < length)[:, None] & (n < length)[None, :]
 
     h_first = tl.program_id(1) * HEADS
-    own = h_first.to(tl.int64)  # whose stride is 0 where the heads share q and k
+    plane = (b * own_heads + tl.minimum(h_first, own_heads - 1)) * length * SIZE
     product = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     if alive:
-        product = tile_product(
-            q + b * stride_qb + own * stride_qh, k + b * stride_kb + own * stride_kh,
-            cos + b * stride_cb, sin + b * stride_cb, m, n, kept_m, kept_n,
-            stride_qn, stride_qd, stride_kn, stride_kd, HALF, CHUNK, ROPE, PRECISION, BLOCK,
-        ) * scale  # fmt: skip
+        product = tile_product(q + plane, k + plane, m, n, length, SIZE, CHUNK, PRECISION, BLOCK) * scale
     for h in range(h_first, tl.minimum(h_first + HEADS, heads)):
         h = tl.cast(h, tl.int64)
         s = product
@@ -196,15 +170,14 @@ def sum_heads_kernel(
 
 @triton.jit
 def pointer_sweep_kernel(
-    grad, x, mask, cos, sin, out,
+    grad, x, mask, out,
     own_heads, length, max_width, scale,
-    stride_gb, stride_gh, stride_gr, stride_gc, stride_xb, stride_xh, stride_xn, stride_xd,
-    stride_mb, stride_mn, stride_cb,
-    HALF: tl.constexpr, ROPE: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
+    stride_gb, stride_gh, stride_gr, stride_gc, stride_mb, stride_mn,
+    SIZE: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK tokens r from x = k, sweeping grad along its columns c; with COLUMNS, dk from x = q along its rows.
-    CHUNK pairs of out [B, own_heads, length, 2 * HALF], contiguous, to a program."""
+    """R dq of BLOCK tokens r from x = R k, sweeping grad along its columns c; with COLUMNS, R dk from x = R q along its
+    rows. CHUNK elements of out [B, own_heads, length, SIZE], contiguous as x is, to a program."""
     tiles = tl.cdiv(length, BLOCK)
     first = tl.program_id(1) * CHUNK
     b = (tl.program_id(0) // (own_heads * tiles)).to(tl.int64)
@@ -212,8 +185,8 @@ def pointer_sweep_kernel(
     r_first = tl.program_id(0) % tiles * BLOCK
     r = r_first + tl.arange(0, BLOCK)
     kept_r = load_kept(mask + b * stride_mb, r, length, stride_mn, HAS_MASK)
-    d_even = tl.zeros([BLOCK, CHUNK], dtype=tl.float32)
-    d_odd = tl.zeros([BLOCK, CHUNK], dtype=tl.float32)
+    plane = (b * own_heads + h) * length * SIZE
+    total = tl.zeros([BLOCK, CHUNK], dtype=tl.float32)
     for c_first in range(0, length, BLOCK):
         m_first = c_first if COLUMNS else r_first
         n_first = r_first if COLUMNS else c_first
@@ -227,28 +200,18 @@ def pointer_sweep_kernel(
             cells = r.to(tl.int64)[:, None] * stride_gr + c.to(tl.int64)[None, :] * stride_gc
             g = tl.load(grad + b * stride_gb + h * stride_gh + cells, mask=valid, other=0.0)
             g = g.to(x.dtype.element_ty)
-            even, odd = load_rotated(
-                x + b * stride_xb + h * stride_xh, cos + b * stride_cb, sin + b * stride_cb,
-                c, kept_c, first, stride_xn, stride_xd, HALF, CHUNK, ROPE, BLOCK,
-            )  # fmt: skip
-            d_even = tl.dot(g, even, acc=d_even, input_precision=PRECISION)
-            d_odd = tl.dot(g, odd, acc=d_odd, input_precision=PRECISION)
-    d_even *= scale
-    d_odd *= scale
-    if ROPE:  # turned back
-        co, si = load_angles(cos + b * stride_cb, sin + b * stride_cb, r, kept_r, first, HALF, CHUNK)
-        d_even, d_odd = d_even * co + d_odd * si, d_odd * co - d_even * si
-    d = 2 * first + tl.arange(0, 2 * CHUNK)[None, :]
-    at = out + ((b * own_heads + h) * length + r.to(tl.int64)[:, None]) * (2 * HALF) + d
-    pairs = tl.reshape(tl.join(d_even, d_odd), [BLOCK, 2 * CHUNK])
-    tl.store(at, pairs.to(out.dtype.element_ty), mask=(r < length)[:, None] & (d < 2 * HALF))
+            x_c = load_vectors(x + plane, c, first, length, SIZE, CHUNK)
+            total = tl.dot(g, x_c, acc=total, input_precision=PRECISION)
+    d = first + tl.arange(0, CHUNK)[None, :]
+    at = out + plane + r.to(tl.int64)[:, None] * SIZE + d
+    tl.store(at, (total * scale).to(out.dtype.element_ty), mask=(r < length)[:, None] & (d < SIZE))
 
 
 # --- launchers -----------------------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
-    """To a program ``block`` x ``block`` cells of ``heads`` heads, made of ``chunk`` pairs of elements at a time."""
+    """To a program ``block`` x ``block`` cells of ``heads`` heads, made of ``chunk`` elements at a time."""
 
     block: int
     chunk: int
@@ -259,13 +222,10 @@ class Plan(NamedTuple):
 def plan(own_heads: int, head_size: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule: one product serves up to eight heads that share it."""
     heads = 8 if own_heads == 1 else 1
-    return Plan(32, 16, heads, 4) if dtype == torch.float32 or head_size <= 32 else Plan(64, 32, heads, 4)
-
-
-def _strides(x: torch.Tensor) -> tuple[int, ...]:
-    """Those of [B, heads or 1, N, D]; 0 from head to head where all share one."""
-    b, h, n, d = x.stride()
-    return b, 0 if x.shape[1] == 1 else h, n, d
+    chunk = max(16, triton.next_power_of_2(head_size))
+    if dtype == torch.float32:
+        return Plan(32, min(32, chunk), heads, 4)
+    return Plan(32, chunk, heads, 2) if head_size <= 32 else Plan(64, 64, heads, 4)
 
 
 def float32_precision() -> str:
@@ -273,27 +233,16 @@ def float32_precision() -> str:
     return "tf32x3" if torch.version.hip is None else "ieee"
 
 
-class Problem(NamedTuple):
-    """What the kernels of forward and backward share: see ``forward``."""
-
-    mask: torch.Tensor | None
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    tril_mask: bool
-    max_width: int | None
-    scale: float
-
-    def pointers(self, anything: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """mask, cos, sin; any pointer will do where none is read."""
-        mask = anything if self.mask is None else self.mask.view(torch.uint8)
-        return mask, anything if self.cos is None else self.cos, anything if self.sin is None else self.sin
-
-    def strides(self) -> tuple[int, int, int]:
-        mask = (0, 0) if self.mask is None else self.mask.stride()
-        return (*mask, 0 if self.cos is None or self.cos.shape[0] == 1 else self.cos.stride(0))
-
-    def constants(self) -> dict[str, bool]:
-        return {"HAS_MASK": self.mask is not None, "TRIL": self.tril_mask, "BANDED": self.max_width is not None}
+def masking(problem: Any, anything: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], dict[str, bool]]:
+    """The mask, or any pointer where none is read; its strides; and the constants that say which cells are valid."""
+    mask = anything if problem.mask is None else problem.mask.view(torch.uint8)
+    strides = (0, 0) if problem.mask is None else problem.mask.stride()
+    constants = {
+        "HAS_MASK": problem.mask is not None,
+        "TRIL": problem.tril_mask,
+        "BANDED": problem.max_width is not None,
+    }
+    return mask, strides, constants
 
 
 def forward(
@@ -302,28 +251,28 @@ def forward(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
     heads: int,
-    problem: Problem,
+    problem: Any,
 ) -> torch.Tensor:
     """Scores [B, heads, N, N] in the dtype of q, contiguous.
 
-    q, k [B, heads or 1, N, D]; start, end [B, heads, N]; mask [B, N] bool; cos, sin [B or 1, N, D / 2] float32,
-    contiguous, of the angles by which RoPE turns.
+    q, k [B, heads or 1, N, D]; start, end [B, heads, N]; problem has mask [B, N] bool and positions [N] or [B, N], or
+    None for either, and rope, tril_mask, max_width and scale.
     """
     batch, own_heads, length, size = q.shape
     scores = torch.empty((batch, heads, length, length), dtype=q.dtype, device=q.device)
     if scores.numel() == 0:
         return scores
     rule = plan(own_heads, size, q.dtype)
-    mask, cos, sin = problem.pointers(q)
+    q, k = rotate(q, k, problem.mask, problem.positions, problem.rope)
+    mask, mask_strides, constants = masking(problem, q)
     bias_strides = [(0, 0, 0) if bias is None else bias.stride() for bias in (start, end)]
     with torch.cuda.device_of(q):
         pointer_scores_kernel[(batch * triton.cdiv(length, rule.block) ** 2, triton.cdiv(heads, rule.heads))](
-            q, k, q if start is None else start, q if end is None else end, mask, cos, sin, scores,
-            heads, length, problem.max_width or 0, problem.scale,
-            *_strides(q), *_strides(k), *bias_strides[0], *bias_strides[1], *problem.strides(),
-            HALF=size // 2, ROPE=problem.cos is not None, HAS_START=start is not None,
-            HAS_END=end is not None, PRECISION=float32_precision(), CHUNK=rule.chunk,
-            BLOCK=rule.block, HEADS=rule.heads, num_warps=rule.num_warps, num_stages=2, **problem.constants(),
+            q, k, q if start is None else start, q if end is None else end, mask, scores,
+            heads, own_heads, length, problem.max_width or 0, problem.scale,
+            *bias_strides[0], *bias_strides[1], *mask_strides,
+            SIZE=size, HAS_START=start is not None, HAS_END=end is not None, PRECISION=float32_precision(),
+            CHUNK=rule.chunk, BLOCK=rule.block, HEADS=rule.heads, num_warps=rule.num_warps, num_stages=2, **constants,
         )  # fmt: skip
     return scores
 
@@ -334,7 +283,7 @@ def backward(
     k: torch.Tensor,
     need_start: bool,
     need_end: bool,
-    problem: Problem,
+    problem: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, start and end, in the dtype of q and contiguous; those of the biases empty if not needed."""
     batch, own_heads, length, size = q.shape
@@ -348,8 +297,9 @@ def backward(
         return d_q.zero_(), d_k.zero_(), d_start, d_end
     rule = plan(own_heads, size, q.dtype)
     tiles = triton.cdiv(length, rule.block)
-    mask, cos, sin = problem.pointers(q)
-    constants = {"BLOCK": rule.block, "num_warps": rule.num_warps, **problem.constants()}
+    q, k = rotate(q, k, problem.mask, problem.positions, problem.rope)
+    mask, mask_strides, constants = masking(problem, q)
+    launch = {"BLOCK": rule.block, "num_warps": rule.num_warps, **constants}
     shared = own_heads != heads
     with torch.cuda.device_of(q):
         if shared or need_start or need_end:
@@ -360,20 +310,21 @@ def backward(
             )
             sum_heads_kernel[(batch * tiles**2,)](
                 grad, mask, sums, start_parts, end_parts, heads, length, problem.max_width or 0,
-                *grad.stride(), *problem.strides()[:2],
-                WITH_SUMS=shared, WITH_START=need_start, WITH_END=need_end, **constants,
+                *grad.stride(), *mask_strides,
+                WITH_SUMS=shared, WITH_START=need_start, WITH_END=need_end, **launch,
             )  # fmt: skip
             if need_start:
                 d_start = start_parts.sum(2).to(q.dtype)
             if need_end:
                 d_end = end_parts.sum(2).to(q.dtype)
-            grad = sums if shared else grad
+            if shared:  # and 0 wherever the mask drops a token
+                grad, launch = sums, {**launch, "HAS_MASK": False}
         b, h, m, n = grad.stride()
         for x, out, along in ((k, d_q, (b, h, m, n)), (q, d_k, (b, h, n, m))):
-            pointer_sweep_kernel[(batch * own_heads * tiles, triton.cdiv(size // 2, rule.chunk))](
-                grad, x, mask, cos, sin, out, own_heads, length, problem.max_width or 0, problem.scale,
-                *along, *x.stride(), *problem.strides(),
-                HALF=size // 2, ROPE=problem.cos is not None, COLUMNS=x is q, PRECISION=float32_precision(),
-                CHUNK=rule.chunk, num_stages=2, **constants,
+            pointer_sweep_kernel[(batch * own_heads * tiles, triton.cdiv(size, rule.chunk))](
+                grad, x, mask, out, own_heads, length, problem.max_width or 0, problem.scale, *along, *mask_strides,
+                SIZE=size, COLUMNS=x is q, PRECISION=float32_precision(), CHUNK=rule.chunk, num_stages=2, **launch,
             )  # fmt: skip
+    if problem.rope:
+        rotate_back_(d_q, d_k, problem.positions)
     return d_q, d_k, d_start, d_end

@@ -11,7 +11,16 @@ from packaging.version import Version
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from flashpointer.kernels import pointer_scores, scale_rows, sparse_zlpr_loss, zlpr_kl_div, zlpr_loss  # noqa: E402
+from flashpointer.kernels import (  # noqa: E402
+    pointer_scores,
+    rotate,
+    scale_rows,
+    sparse_zlpr_loss,
+    zlpr_kl_div,
+    zlpr_loss,
+)
+
+from flashpointer.ops._pointer import Problem  # noqa: E402
 
 from .chips import CHIPS, Compiled, compiling_for  # noqa: E402
 from .conftest import INTERPRETED  # noqa: E402
@@ -106,24 +115,35 @@ def test_scale_rows(chip: str, scores_dtype: torch.dtype) -> None:
         compile_for(chip, lambda u=upstream: scale_rows.scale_(grad, u, 1.0))
 
 
+@on_every_chip
+@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "copy"])
+@pytest.mark.parametrize("head_size", [16, 64, 256])
+def test_rotate(chip: str, head_size: int, rope: bool, scores_dtype: torch.dtype) -> None:
+    q, k = torch.empty(2, 2, 9, 128, head_size, dtype=scores_dtype)
+    mask, positions = torch.empty(2, 128, dtype=torch.bool), torch.empty(2, 128, dtype=torch.int64)
+    compile_for(chip, lambda: rotate.rotate(q, k, mask, positions, rope))
+    compile_for(chip, lambda: rotate.rotate_back_(q, k, None))
+
+
 MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bH?G?MMA|\bHMMA", "sm_100": r"\bUTC\w*MMA|\bHMMA", "gfx942": r"\bv_mfma"}
 
 
 @on_every_chip
 @pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("head_size", [16, 64, 256])
+@pytest.mark.parametrize("head_size", [16, 20, 64, 256])
 def test_pointer_scores(
     chip: str, head_size: int, shared: bool, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
     q, k = torch.empty(2, 2, 1 if shared else 9, 128, head_size, dtype=scores_dtype)
     start, end = torch.empty(2, 2, 9, 128, dtype=scores_dtype)
-    angles = torch.empty(1, 128, head_size // 2)
-    problem = pointer_scores.Problem(torch.empty(2, 128, dtype=torch.bool), angles, angles, True, 30, 0.125)
-    (kernel,) = compile_for(chip, lambda: pointer_scores.forward(q, k, start, end, 9, problem))
+    problem = Problem(torch.empty(2, 128, dtype=torch.bool), None, True, True, 30, 0.125)
+    _, kernel = compile_for(chip, lambda: pointer_scores.forward(q, k, start, end, 9, problem))
     assert kernel.count(MATRIX[chip]) > 0
     grad = torch.empty(2, 9, 128, 128, dtype=scores_dtype)
-    _, *sweeps = compile_for(chip, lambda: pointer_scores.backward(grad, q, k, True, True, problem))
+    compiled = compile_for(chip, lambda: pointer_scores.backward(grad, q, k, True, True, problem))
+    sweeps = [kernel for kernel in compiled if kernel.name == "pointer_sweep_kernel"]
     assert len(sweeps) == 2
     assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)

@@ -11,6 +11,7 @@ from importlib.metadata import version as _version
 
 from . import convert, nn, reference, spans
 from .backends import use_backend
+from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
 from .ops.sparse_zlpr_loss import sparse_zlpr_loss
 from .ops.zlpr_kl_div import zlpr_kl_div
@@ -20,6 +21,7 @@ __version__ = _version("flashpointer")
 __all__ = [
     "convert",
     "nn",
+    "pointer_loss",
     "pointer_scores",
     "reference",
     "spans",

@@ -134,3 +134,41 @@ def pointer_scores(
     if end is not None:
         scores = scores + _upcast(end).unsqueeze(-2)
     return scores.masked_fill(~valid_cells(length, mask, tril_mask, max_width, q.device), -torch.inf).to(dtype)
+
+
+def pointer_loss(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    spans: torch.Tensor,
+    start: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+    rope: bool = True,
+    tril_mask: bool = True,
+    max_width: int | None = None,
+    scale: float | None = None,
+    positions: torch.Tensor | None = None,
+    span_labels: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """``zlpr_loss`` of ``pointer_scores``, with the labels of the spans in a tensor of the same size."""
+    options = {"mask": mask, "rope": rope, "tril_mask": tril_mask, "max_width": max_width, "scale": scale}
+    scores = pointer_scores(q, k, start, end, positions=positions, **options)  # type: ignore[arg-type]
+    return zlpr_loss(scores.flatten(2), _dense_labels(spans, span_labels, scores).flatten(2), reduction=reduction)
+
+
+def _dense_labels(spans: torch.Tensor, span_labels: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+    """Labels of the shape of the scores. Spans outside fall into one cell behind the last, which is cut off."""
+    (_, heads, length, _), cells = scores.shape, scores.numel()
+    b, h, m, n = spans.unbind(1)
+    inside = (spans >= 0).all(1) & (b < len(scores)) & (h < heads) & (m < length) & (n < length)
+    cell = torch.where(inside, ((b * heads + h) * length + m) * length + n, cells)
+    if span_labels is None:
+        labels = torch.zeros(cells + 1, dtype=torch.bool, device=spans.device).index_fill(0, cell, True)
+    else:
+        count = len(spans)
+        unlisted = torch.full((cells + 1,), count, device=spans.device)
+        first = unlisted.scatter_reduce(0, cell, torch.arange(count, device=spans.device), "amin")
+        labels = torch.cat([_upcast(span_labels), span_labels.new_zeros(1)])[first]
+    return labels[:cells].view(scores.shape)

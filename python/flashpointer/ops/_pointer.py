@@ -1,12 +1,25 @@
-"""What the pointer ops share: the checks of their arguments, the angles of RoPE, one layout for both kinds of heads."""
+"""What the pointer ops share: their options, the checks of their arguments, one layout for both kinds of heads."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from . import _checks
 
 Bias = torch.Tensor | None
+
+
+class Problem(NamedTuple):
+    """What stays the same from forward to backward, and from tile to tile: see ``pointer_scores``."""
+
+    mask: torch.Tensor | None
+    positions: torch.Tensor | None
+    rope: bool
+    tril_mask: bool
+    max_width: int | None
+    scale: float
 
 
 def check(
@@ -94,20 +107,6 @@ def _check_positions(op: str, positions: torch.Tensor | None, q: torch.Tensor) -
         takes = f"[N] or [B, N], to fit q of shape {tuple(q.shape)}"
         raise ValueError(f"{op}: positions must be {takes}; got {_checks.describe(positions)}")
     check_device(op, "positions", positions, q)
-
-
-def angles(
-    q: torch.Tensor, positions: torch.Tensor | None, rope: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """cos and sin [B or 1, N, D / 2] of the tokens' angles, from float64: 10^5 radians leave float32 two digits."""
-    if not rope:
-        return None, None
-    length, size = q.shape[-2:]
-    theta = 10000.0 ** (-torch.arange(0, size, 2, device=q.device, dtype=torch.float64) / size)
-    positions = torch.arange(length, device=q.device) if positions is None else positions
-    angle = positions.reshape(-1 if length else 1, length, 1) * theta
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.cos(angle).to(dtype), torch.sin(angle).to(dtype)
 
 
 def per_head(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -74,7 +74,7 @@ def _compute(
     backend: str,
 ) -> torch.Tensor:  # fmt: skip
     module = backends.implementation(OP, backend)
-    problem = module.Problem(mask, *_pointer.angles(q, positions, rope), tril_mask, max_width, scale)
+    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     with torch.autocast(q.device.type, enabled=False):  # which would round what the tiles compute in float32
         scores: torch.Tensor = module.forward(*_pointer.per_head(q, k), start, end, heads, problem)
     return scores
@@ -85,7 +85,7 @@ def _compute_backward(
     rope: bool, tril_mask: bool, max_width: int | None, scale: float, need_start: bool, need_end: bool, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     module = backends.implementation(OP, backend)
-    problem = module.Problem(mask, *_pointer.angles(q, positions, rope), tril_mask, max_width, scale)
+    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     with torch.autocast(q.device.type, enabled=False):
         d_q, d_k, d_start, d_end = module.backward(grad, *_pointer.per_head(q, k), need_start, need_end, problem)
     return d_q.view(q.shape), d_k.view(k.shape), d_start, d_end

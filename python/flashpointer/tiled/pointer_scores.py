@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
-from ._tiles import TILE, computing_dtype
+from ..ops._pointer import Problem
+from ._rotary import kept, rotated, rotated_back
+from ._tiles import TILE
 
 # To a tile, for fewer operations pass over it than over those of a loss.
 CELLS = 2 * TILE
-
-
-class Problem(NamedTuple):
-    """As ``kernels.pointer_scores.Problem``."""
-
-    mask: torch.Tensor | None
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    tril_mask: bool
-    max_width: int | None
-    scale: float
 
 
 def forward(
@@ -35,8 +25,8 @@ def forward(
     """As ``kernels.pointer_scores.forward``; float64 is computed in float64."""
     batch, own_heads, length, _ = q.shape
     scores = torch.empty((batch, heads, length, length), dtype=q.dtype, device=q.device)
-    q, k = _rotated(q, problem), _rotated(k, problem).transpose(-1, -2)
-    start, end = (None if bias is None else _kept(bias, problem).to(q.dtype) for bias in (start, end))
+    q, k = rotated(q, problem), rotated(k, problem).transpose(-1, -2)
+    start, end = (None if bias is None else kept(bias, problem).to(q.dtype) for bias in (start, end))
     product = q.new_empty(0)
     finite = _finite(q, k, start, end)
     for b, rows, columns, invalid in _row_tiles(batch, heads, length, problem, q.device):
@@ -69,7 +59,7 @@ def backward(
     """As ``kernels.pointer_scores.backward``."""
     batch, own_heads, length, _ = q.shape
     heads, dtype = grad.shape[1], q.dtype
-    q, k = _rotated(q, problem), _rotated(k, problem)
+    q, k = rotated(q, problem), rotated(k, problem)
     d_q, d_k = torch.zeros_like(q), torch.zeros_like(k)
     d_start, d_end = (q.new_zeros((batch, heads, length) if needed else 0) for needed in (need_start, need_end))
     for b, rows, columns, invalid in _row_tiles(batch, heads, length, problem, q.device):
@@ -92,7 +82,7 @@ def backward(
         if own_heads == 1:
             d_q[b, :, rows] = torch.matmul(total, k[b, :, columns])
             d_k[b, :, columns] += torch.matmul(total.transpose(-1, -2), q[b, :, rows])
-    d_q, d_k = (_rotated_back(d.mul_(problem.scale), problem) for d in (d_q, d_k))
+    d_q, d_k = (rotated_back(d.mul_(problem.scale), problem) for d in (d_q, d_k))
     return d_q.to(dtype), d_k.to(dtype), d_start.to(dtype), d_end.to(dtype)
 
 
@@ -101,7 +91,6 @@ def _row_tiles(
 ) -> Iterator[tuple[slice, slice, slice, torch.Tensor]]:
     """(sentences, start tokens, the end tokens that any of these has, which cells [sentences or 1, 1, starts, ends]
     are invalid): several whole sentences if they are short, a part of one if it is long."""
-    tokens = torch.arange(length, device=device)
     height = min(length, max(1, CELLS // max(1, length * min(heads, 16))))
     depth = max(1, CELLS // max(1, heads * length * length))
     for b in (slice(first, min(first + depth, batch)) for first in range(0, batch, depth)):
@@ -109,14 +98,21 @@ def _row_tiles(
             rows = slice(first, min(first + height, length))
             stop = length if problem.max_width is None else min(length, rows.stop - 1 + problem.max_width)
             columns = slice(first if problem.tril_mask else 0, stop)
-            m, n = tokens[None, None, rows, None], tokens[None, None, None, columns]
-            invalid = (m > n) if problem.tril_mask else torch.zeros_like(m > n)
-            if problem.max_width is not None:
-                invalid |= n - m >= problem.max_width
+            invalid = invalid_cells(rows, columns, problem, device)[None, None]
             if problem.mask is not None:
                 kept = problem.mask[b, None]
                 invalid = invalid | ~(kept[..., rows, None] & kept[..., None, columns])
             yield b, rows, columns, invalid
+
+
+def invalid_cells(rows: slice, columns: slice, problem: Problem, device: torch.device) -> torch.Tensor:
+    """Which cells [rows, columns] triangle and band rule out."""
+    m, n = (torch.arange(tokens.start, tokens.stop, device=device) for tokens in (rows, columns))
+    m = m.unsqueeze(1)
+    invalid = (m > n) if problem.tril_mask else torch.zeros_like(m > n)
+    if problem.max_width is not None:
+        invalid |= n - m >= problem.max_width
+    return invalid
 
 
 def _head_tiles(heads: int, invalid: torch.Tensor) -> Iterator[slice]:
@@ -128,28 +124,3 @@ def _head_tiles(heads: int, invalid: torch.Tensor) -> Iterator[slice]:
 def _finite(*tensors: torch.Tensor | None) -> bool:
     """Whether all numbers are finite; not asked on a GPU, where to look is to wait."""
     return all(x is None or (x.device.type == "cpu" and bool(x.isfinite().all())) for x in tensors)
-
-
-def _kept(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """x [B, heads, N] or [B, heads, N, D] with 0 for the tokens that the mask drops."""
-    if problem.mask is None:
-        return x
-    dropped = ~problem.mask.unsqueeze(1)
-    return x.masked_fill(dropped if x.dim() == 3 else dropped.unsqueeze(-1), 0.0)
-
-
-def _rotated(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """x in the computing dtype, turned; its even elements first, then its odd ones, which no product minds. 0 for
-    tokens that the mask drops: what they hold must not reach a product with the zeros of their gradient."""
-    x = _kept(x, problem).to(computing_dtype(x.dtype))
-    if problem.cos is None or problem.sin is None:
-        return x
-    even, odd, cos, sin = x[..., 0::2], x[..., 1::2], problem.cos.unsqueeze(1), problem.sin.unsqueeze(1)
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-
-
-def _rotated_back(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    if problem.cos is None or problem.sin is None:
-        return x
-    (even, odd), cos, sin = x.chunk(2, dim=-1), problem.cos.unsqueeze(1), problem.sin.unsqueeze(1)
-    return torch.stack([even * cos + odd * sin, odd * cos - even * sin], dim=-1).flatten(-2)

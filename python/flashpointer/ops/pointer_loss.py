@@ -1,0 +1,220 @@
+"""``pointer_loss``: the ZLPR loss of all spans, without their scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import backends, reference
+from . import _checks, _pointer, _rows
+
+OP = "pointer_loss"
+
+
+def pointer_loss(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    spans: torch.Tensor,
+    start: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+    rope: bool = True,
+    tril_mask: bool = True,
+    max_width: int | None = None,
+    scale: float | None = None,
+    positions: torch.Tensor | None = None,
+    span_labels: torch.Tensor | None = None,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """The ZLPR loss of the scores that ``pointer_scores`` gives, with the labels as a list of spans.
+
+    For each sentence b and head h, over its valid cells (start, end) with scores s and labels t, which are 0 but for the
+    listed spans::
+
+        L[b, h] = log(1 + sum (1 - t) exp(s)) + log(1 + sum t exp(-s))
+
+    Neither the scores nor the labels are ever stored: memory is linear in the length of a sentence, forward and
+    backward, and where the heads share q and k, the time hardly depends on their number.
+
+    Args:
+        q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
+        spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``
+            makes them. Of one that is listed twice only the first listing counts; one on an invalid cell leaves both
+            terms, as its cell does.
+        span_labels: floating-point ``[S]``, in [0, 1]: the labels t of the spans, 1 by default. All other cells are 0:
+            smoothing the labels of those is not offered.
+        reduction: ``"none"`` gives ``[B, H]``; ``"sum"``; ``"mean"`` over ``B * H``, 0 over none.
+
+    Returns:
+        float32, or float64 for float64 q. A sentence without a valid cell has loss 0 and gradient 0; NaN in a sentence
+        makes its own losses NaN.
+
+    Raises:
+        TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a span outside
+            ``[B, H, N, N]`` is dropped; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error there too.
+        RuntimeError: for second derivatives.
+
+    References:
+        Su et al. 2022, *ZLPR: A Novel Loss for Multi-label Classification*, arXiv:2208.02955; *Global Pointer: Novel
+        Efficient Span-based Approach for Named Entity Recognition*, arXiv:2208.03054.
+    """
+    q, k, start, end, mask, heads, scale = _pointer.check(
+        OP, q, k, start, end, mask=mask, positions=positions, max_width=max_width, scale=scale
+    )
+    _check_spans(spans, span_labels, q)
+    _checks.check_reduction(OP, reduction)
+    backend = backends.choose(q)
+    if backend == "reference":
+        if not torch.compiler.is_compiling():  # which would have to break the graph to look
+            _check_values(spans, span_labels, q, heads)
+        options = {"mask": mask, "rope": rope, "tril_mask": tril_mask, "max_width": max_width, "scale": scale}
+        return reference.pointer_loss(  # type: ignore[arg-type]
+            q, k, spans, start, end, positions=positions, span_labels=span_labels, reduction=reduction, **options
+        )
+    loss: torch.Tensor = _op(
+        q, k, start, end, spans, span_labels, mask, positions, rope, tril_mask, max_width, scale, heads, reduction,
+        backend,
+    )[0]  # fmt: skip
+    return loss
+
+
+def _check_spans(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor) -> None:
+    _checks.check_tensor(OP, "spans", spans, "an int64 tensor [S, 4]", [torch.int64])
+    if spans.dim() != 2 or spans.shape[1] != 4:
+        raise ValueError(f"{OP}: spans must be [S, 4]; got {_checks.describe(spans)}")
+    _pointer.check_device(OP, "spans", spans, q)
+    if span_labels is None:
+        return
+    _checks.check_tensor(OP, "span_labels", span_labels, "a floating-point tensor [S]", _checks.FLOATS)
+    if span_labels.shape != spans.shape[:1]:
+        takes = f"[S], one for each of the {spans.shape[0]} spans"
+        raise ValueError(f"{OP}: span_labels must be {takes}; got {_checks.describe(span_labels)}")
+    _pointer.check_device(OP, "span_labels", span_labels, q)
+    _checks.check_no_grad(OP, "span_labels", span_labels, "use span_labels.detach()")
+
+
+def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor, heads: int) -> None:
+    """Raises ValueError for a span or label out of range; on a GPU, where to look is to wait, on demand."""
+    if spans.numel() == 0 or (spans.device.type != "cpu" and not backends.CHECK_INDICES):
+        return
+    sizes = (q.shape[0], heads, q.shape[-2], q.shape[-2])
+    inside = (spans >= 0).all(1)
+    for column, limit in zip(spans.unbind(1), sizes, strict=True):
+        inside &= column < limit
+    if not inside.all():
+        where = int((~inside).nonzero()[0])
+        raise ValueError(
+            f"{OP}: spans takes rows (batch, head, start, end) below {sizes}; got {tuple(spans[where].tolist())} "
+            f"at {where}"
+        )
+    if span_labels is not None:
+        wrong = ~((span_labels >= 0) & (span_labels <= 1))
+        if wrong.any():
+            where = int(wrong.nonzero()[0])
+            raise ValueError(f"{OP}: span_labels takes 0 to 1; got {span_labels[where].item()} at {where}")
+
+
+# --- registration --------------------------------------------------------------------------------------------------
+
+
+def _compute(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
+    span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
+    tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str, backend: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    _check_values(spans, span_labels, q, heads)
+    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
+    module = backends.implementation(OP, backend)
+    with torch.autocast(q.device.type, enabled=False):  # which would round what the tiles compute in float32
+        losses, saved = module.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem)
+    return _rows.reduce(losses, losses.shape, reduction), *saved
+
+
+def _fake(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
+    span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
+    tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str, backend: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    batch, own_heads, length, size = _pointer.per_head(q)[0].shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    vectors = ((batch, own_heads, length, size), q.dtype if backend == "triton" else dtype)
+    of_heads, listed = ((batch, heads, length), dtype), spans.shape[:1]
+    outputs = {
+        "loss": ((batch, heads) if reduction == "none" else (), dtype),
+        "q": vectors,
+        "k": vectors,
+        "exponents": of_heads,
+        "values": of_heads,
+        "pivots": ((batch, own_heads, length), dtype),
+        "rows": of_heads,
+        "log_sums": ((2, batch, heads), dtype),
+        "cells": (listed, torch.int64),
+        "labels": (listed, dtype),
+    }
+    return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in outputs.values())
+
+
+def _compute_backward(
+    upstream: torch.Tensor, saved: list[torch.Tensor], start: torch.Tensor | None, end: torch.Tensor | None,
+    mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None,
+    scale: float, reduction: str, dtype: torch.dtype, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
+    module = backends.implementation(OP, backend)
+    planes = saved[6].shape[1:]
+    share = 1.0 / max(1, planes.numel()) if reduction == "mean" else 1.0
+    with torch.autocast(upstream.device.type, enabled=False):
+        grads = module.backward(upstream.expand(planes), share, module.Saved(*saved), start, end, dtype, problem)
+    d_q, d_k, d_start, d_end = grads
+    return d_q, d_k, d_start, d_end
+
+
+def _fake_backward(
+    upstream: torch.Tensor, saved: list[torch.Tensor], start: torch.Tensor | None, end: torch.Tensor | None,
+    mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None,
+    scale: float, reduction: str, dtype: torch.dtype, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    q, k, exponents, *_ = saved
+    d_q, d_k, d_start, d_end = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, exponents, exponents))
+    return d_q, d_k, d_start, d_end
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    q, _, start, end, _, _, mask, positions, *options = inputs
+    *problem, _, reduction, backend = options
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(start, end, mask, positions, *output[1:])
+    ctx.shared, ctx.options = q.dim() == 3, (*problem, reduction, q.dtype, backend)
+
+
+def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    _rows.refuse_second_derivative(OP)
+    if upstream is None:
+        return (None,) * 15
+    start, end, mask, positions, *saved = ctx.saved_tensors
+    grads = _op_backward(upstream, saved, start, end, mask, positions, *ctx.options)
+    d_q, d_k = (x.squeeze(1) if ctx.shared else x for x in grads[:2])
+    needed = zip((d_q, d_k, *grads[2:]), ctx.needs_input_grad[:4], strict=True)
+    return (*(grad if need else None for grad, need in needed), *(None,) * 11)
+
+
+_op_backward = _rows.register(
+    "pointer_loss_backward(Tensor upstream, Tensor[] saved, Tensor? start, Tensor? end, Tensor? mask,"
+    " Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, str reduction, ScalarType dtype,"
+    " str backend) -> (Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
+    _compute_backward,
+    _fake_backward,
+)
+_op = _rows.register(
+    "pointer_loss(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor spans, Tensor? span_labels, Tensor? mask,"
+    " Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, SymInt heads, str reduction,"
+    " str backend) -> (Tensor loss, Tensor turned_q, Tensor turned_k, Tensor exponents, Tensor values, Tensor pivots, Tensor rows,"
+    " Tensor log_sums, Tensor cells, Tensor labels)",
+    _compute,
+    _fake,
+    _setup_context,
+    _backward,
+)

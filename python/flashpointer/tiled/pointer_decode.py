@@ -1,0 +1,153 @@
+"""The spans whose score is above the threshold, found by bounds, without most of the scores.
+
+A score is x_mn + start_hm + end_hn, where only the biases depend on the head. So the largest x of a block of cells,
+plus the largest start of its rows, plus the largest end of its columns, bounds the block's scores, for all heads that
+share q and k at once. A block is looked into where that exceeds the threshold: first its columns, each with the largest
+x of its own, then the cells of the columns that are left. Rounding is monotone, and the terms are added in one order:
+no bound falls below a score.
+
+A group is what shares q and k: a sentence, or one head of it. Inner tensors are [groups, heads of a group, N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import pad
+
+from ..ops._pointer import Problem
+from ._rotary import rotated
+from ._tiles import TILE
+from .pointer_scores import invalid_cells
+
+# Tokens to the side of a block: few enough blocks to compare the bounds of all, for every head.
+BLOCK = 32
+# Start tokens to a tile: fewer leave less of it below the triangle, more make a faster product.
+HEIGHT = 128
+
+Found = tuple[torch.Tensor, torch.Tensor]
+"""Cells ((b * H + h) * N + start) * N + end, and their scores."""
+
+
+def decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: torch.Tensor | None,
+    end: torch.Tensor | None,
+    heads: int,
+    problem: Problem,
+    threshold: float,
+    max_spans: int | None,
+    top_k: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """As ``kernels.pointer_decode.decode``, in float64 for float64; and of each head of a sentence only the top_k best
+    spans, of equal ones the first. Neither limit lets more gather than twice what it leaves, and a tile."""
+    length = q.shape[2]
+    q, k = rotated(q, problem), rotated(k, problem)
+    start, end = (_masked(bias, q, heads, problem) for bias in (start, end))
+    floor = q.new_full((q.shape[0] * heads,), threshold)
+    best: Found = torch.empty(0, dtype=torch.int64, device=q.device), q.new_empty(0)
+    pending: list[Found] = []
+    count = waiting = 0
+    for some in _found(q, k, start, end, problem, floor):
+        pending.append(some)
+        count += len(some[0])
+        waiting += len(some[0])
+        if (top_k or max_spans) and waiting > max(TILE, len(best[0])):
+            best, pending, waiting = _merged([best, *pending], length, floor, top_k), [], 0
+            if not top_k:
+                best = best[0][:max_spans], best[1][:max_spans]
+    cells, scores = _merged([best, *pending], length, floor, top_k)
+    count = len(cells) if top_k else count
+    cells, scores = cells[:max_spans], scores[:max_spans]
+    planes, m, n = cells // length**2, cells // length % length, cells % length
+    return torch.stack([planes // heads, planes % heads, m, n], dim=1), scores, count
+
+
+# --- the search ----------------------------------------------------------------------------------------------------
+
+
+def _masked(bias: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Problem) -> torch.Tensor:
+    """A bias as [groups, heads of a group, N], 0 for none. -inf, whose score is above no threshold, where it is NaN,
+    for the tokens that the mask drops, and for those that fill the last block."""
+    batch, own_heads, length, _ = q.shape
+    x = q.new_zeros((batch, heads, length)) if bias is None else bias.to(q.dtype)
+    absent = x.isnan() if problem.mask is None else x.isnan() | ~problem.mask.unsqueeze(1)
+    x = pad(x.masked_fill(absent, -torch.inf), (0, -length % BLOCK), value=-torch.inf)
+    return x.view(batch * own_heads, heads // max(1, own_heads), x.shape[-1])
+
+
+def _found(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor, end: torch.Tensor, problem: Problem, floor: torch.Tensor
+) -> Iterator[Found]:
+    """What is above the floor [B * H] of its head, which the caller may raise on the way; in no particular order."""
+    (groups, heads, width), length = start.shape, q.shape[2]
+    q, k = (pad(x, (0, 0, 0, width - length)).flatten(0, 1) for x in (q, k))
+    start, end = (x.unflatten(2, (-1, BLOCK)) for x in (start, end))
+    most_start, most_end = start.amax(-1), end.amax(-1)
+    floor = floor.view(groups, heads)
+    for g, r, c, penalty in _tiles(groups, width, problem, q):
+        rows, columns = (slice(s.start // BLOCK, s.stop // BLOCK) for s in (r, c))
+        x = torch.bmm(q[g, r], k[g, c].mT).mul_(problem.scale)
+        x[..., : penalty.shape[1]] += penalty
+        x = x.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # row block, row, column block, column
+        of_columns, of_blocks = _largest(x)
+        if of_blocks.isnan().any():
+            of_columns, of_blocks = _largest(x.masked_fill_(x.isnan(), -torch.inf))
+        bounds = of_blocks.unsqueeze(1) + most_start[g, :, rows, None] + most_end[g, :, None, columns]
+        for some in (bounds > floor[g, :, None, None]).nonzero().split(TILE // BLOCK**2):
+            i, h, row, column = some.unbind(1)
+            at = g.start + i, h, rows.start + row
+            to = g.start + i, h, columns.start + column
+            bounds = of_columns[i, row, column] + most_start[at].unsqueeze(1) + end[to]
+            of, n = (bounds > floor[at[:2]].unsqueeze(1)).nonzero().unbind(1)
+            i, row, column, at, to = i[of], row[of], column[of], tuple(x[of] for x in at), tuple(x[of] for x in to)
+            scores = x[i, row, :, column, n] + start[at] + end[(*to, n)].unsqueeze(1)
+            of, m = (scores > floor[at[:2]].unsqueeze(1)).nonzero().unbind(1)
+            plane, m_token, n_token = at[0] * heads + at[1], at[2][of] * BLOCK + m, to[2][of] * BLOCK + n[of]
+            yield (plane[of] * length + m_token) * length + n_token, scores[of, m]
+
+
+def _tiles(
+    groups: int, width: int, problem: Problem, like: torch.Tensor
+) -> Iterator[tuple[slice, slice, slice, torch.Tensor]]:
+    """(groups, start tokens, end tokens, -inf in invalid cells of the first columns and 0 in others), of about TILE
+    cells, by triangle and band alone: the mask is in the biases."""
+    height = max(BLOCK, min(HEIGHT, TILE // max(1, width) // BLOCK * BLOCK))
+    for first in range(0, width, height):
+        r = slice(first, min(first + height, width))
+        stop = width if problem.max_width is None else min(width, r.stop - 1 + problem.max_width)
+        c = slice(first if problem.tril_mask else 0, stop + -stop % BLOCK)
+        corner = slice(c.start, r.stop if problem.max_width is None else c.stop)
+        invalid = invalid_cells(r, corner, problem, like.device)
+        penalty = like.new_zeros(invalid.shape).masked_fill_(invalid, -torch.inf)
+        depth = max(1, TILE // ((r.stop - r.start) * (c.stop - c.start)))
+        for g in range(0, groups, depth):
+            yield slice(g, min(g + depth, groups)), r, c, penalty
+
+
+def _largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the columns of each block [groups, row blocks, column blocks, BLOCK], and of each block."""
+    of_columns = x.amax(2)
+    return of_columns, of_columns.amax(-1)
+
+
+# --- what is kept of it --------------------------------------------------------------------------------------------
+
+
+def _merged(found: list[Found], length: int, floor: torch.Tensor, top_k: int | None) -> Found:
+    """All that was found, sorted; with top_k only the best of each head, below which its floor then comes to lie."""
+    cells, order = torch.cat([cells for cells, _ in found]).sort()
+    scores = torch.cat([scores for _, scores in found])[order]
+    if top_k is None or len(cells) == 0:
+        return cells, scores
+    order = scores.argsort(descending=True, stable=True)
+    planes, by_plane = (cells // length**2)[order].sort(stable=True)
+    rank = torch.arange(len(cells), device=cells.device) - torch.searchsorted(planes, planes)
+    order = order[by_plane]
+    last = rank == top_k - 1
+    # Equal ones must still be found: they may turn out to be earlier.
+    floor[planes[last]] = scores[order[last]].nextafter(floor.new_tensor(-torch.inf))
+    keep = order[rank < top_k].sort().values
+    return cells[keep], scores[keep]
