@@ -686,12 +686,21 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-def plan(heads_of_group: int, head_size: int, dtype: torch.dtype) -> Plan:
-    """The launch parameters, by rule: what no chip spills. The parts of tf32x3 take three times the registers."""
-    part = min(64, max(16, triton.next_power_of_2(head_size)))
-    if dtype == torch.float32:
-        return Plan(32, 16, 16, part, 4)
-    return Plan(64, min(32, max(16, triton.next_power_of_2(heads_of_group))), min(32, part), part, 8)
+# For usual head sizes, what no chip spills: float32 is three operands where tf32x3 multiplies it, and float16 is float32
+# but for q k^T. The small plan serves all others.
+PLANS = {
+    torch.bfloat16: Plan(64, 16, 32, 64, 8),
+    torch.float16: Plan(32, 32, 32, 64, 4),
+    torch.float32: Plan(16, 32, 16, 64, 4),
+}
+SMALL = PLANS[torch.float32]
+
+
+def plan(head_size: int, dtype: torch.dtype) -> Plan:
+    """The launch parameters, by rule."""
+    rule = PLANS[dtype] if 32 < head_size <= 64 else SMALL
+    vector = max(16, triton.next_power_of_2(head_size))
+    return rule._replace(chunk=min(rule.chunk, vector), part=min(rule.part, vector))
 
 
 class Saved(NamedTuple):
@@ -744,7 +753,7 @@ def forward(
     biases = (q if start is None else start, q if end is None else end)
     has_biases = {"HAS_START": start is not None, "HAS_END": end is not None}
     heads_of_group = heads // own_heads
-    rule = plan(heads_of_group, size, q.dtype)
+    rule = plan(size, q.dtype)
     width = problem.max_width or 0
     with torch.cuda.device_of(q):
         if count > 0:
@@ -782,6 +791,8 @@ def _constants(q: torch.Tensor, rule: Plan) -> dict[str, Any]:
     return {
         "PRECISION": precision, "SIZE": q.shape[-1], "CHUNK": rule.chunk,
         "BLOCK": rule.block, "HEADS": rule.heads, "num_warps": rule.num_warps, "num_stages": 2,
+        # All registers there are: left to itself, ptxas aims for half of them and spills what the direct rows need.
+        **({"maxnreg": 255} if torch.version.hip is None else {}),
     }  # fmt: skip
 
 
@@ -802,9 +813,10 @@ def backward(
     if rows.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), d_start, d_end
     heads_of_group = heads // own_heads
-    rule = plan(heads_of_group, size, q.dtype)
+    rule = plan(size, q.dtype)
     grid = (*_grid(q, heads_of_group, rule), triton.cdiv(size, rule.part))
-    shares = torch.empty((2, grid[1], *q.shape), dtype=dtype if grid[1] == 1 else torch.float32, device=q.device)
+    share_dtype = dtype if grid[1] == 1 else torch.float32
+    shares_q, shares_k = (torch.empty((grid[1], *q.shape), dtype=share_dtype, device=q.device) for _ in range(2))
     a = torch.empty_like(rows)
     mask, mask_strides, constants = masking(problem, q)
     inputs = (q, k, q if start is None else start, q if end is None else end, mask, exponents, values, cells, labels)
@@ -818,10 +830,10 @@ def backward(
     }  # fmt: skip
     with torch.cuda.device_of(q):
         pointer_loss_rows_kernel[grid](
-            *inputs, pivots, rows, log_sums, upstream, a, shares[0], d_start, *sizes, **constants
+            *inputs, pivots, rows, log_sums, upstream, a, shares_q, d_start, *sizes, **constants
         )
-        pointer_loss_columns_kernel[grid](*inputs, pivots, log_sums, upstream, a, shares[1], d_end, *sizes, **constants)
-        d_q, d_k = shares.squeeze(1) if grid[1] == 1 else shares.sum(1).to(dtype)
+        pointer_loss_columns_kernel[grid](*inputs, pivots, log_sums, upstream, a, shares_k, d_end, *sizes, **constants)
+        d_q, d_k = (x.squeeze(0) if grid[1] == 1 else x.sum(0).to(dtype) for x in (shares_q, shares_k))
         if problem.rope:
             rotate_back_(d_q, d_k, problem.positions)
     return d_q, d_k, d_start, d_end

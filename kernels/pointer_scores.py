@@ -57,6 +57,16 @@ def load_kept(mask, token, length, stride, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def load_bias(bias, kept, h, token, stride_h, stride_n, HAS_BIAS: tl.constexpr):
+    """The bias of tokens in float32: 0 where there is none, -inf for tokens that are not kept."""
+    x = tl.where(kept, 0.0, float("-inf"))
+    if HAS_BIAS:
+        at = bias + h.to(tl.int64) * stride_h + token.to(tl.int64) * stride_n
+        x = tl.load(at, mask=kept, other=float("-inf")).to(tl.float32)
+    return x
+
+
+@triton.jit
 def may_be_valid(
     m_first, n_first, max_width, TRIL: tl.constexpr, BANDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
@@ -115,14 +125,9 @@ def pointer_scores_kernel(
         product = tile_product(q + plane, k + plane, m, n, length, SIZE, CHUNK, PRECISION, BLOCK) * scale
     for h in range(h_first, tl.minimum(h_first + HEADS, heads)):
         h = tl.cast(h, tl.int64)
-        s = product
-        if HAS_START:
-            at = start + b * stride_sb + h * stride_sh + m.to(tl.int64) * stride_sn
-            s += tl.load(at, mask=kept_m, other=0.0).to(tl.float32)[:, None]
-        if HAS_END:
-            at = end + b * stride_eb + h * stride_eh + n.to(tl.int64) * stride_en
-            s += tl.load(at, mask=kept_n, other=0.0).to(tl.float32)[None, :]
-        s = tl.where(valid, s, float("-inf"))
+        s_m = load_bias(start + b * stride_sb, kept_m, h, m, stride_sh, stride_sn, HAS_START)
+        e_n = load_bias(end + b * stride_eb, kept_n, h, n, stride_eh, stride_en, HAS_END)
+        s = tl.where(valid, product + s_m[:, None] + e_n[None, :], float("-inf"))
         at = scores + ((b * heads + h) * length + m.to(tl.int64)[:, None]) * length + n[None, :]
         tl.store(at, s.to(scores.dtype.element_ty), mask=inside)
 

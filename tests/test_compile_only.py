@@ -12,6 +12,7 @@ from packaging.version import Version
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from flashpointer.kernels import (  # noqa: E402
+    pointer_loss,
     pointer_scores,
     rotate,
     scale_rows,
@@ -146,4 +147,29 @@ def test_pointer_scores(
     compiled = compile_for(chip, lambda: pointer_scores.backward(grad, q, k, True, True, problem))
     sweeps = [kernel for kernel in compiled if kernel.name == "pointer_sweep_kernel"]
     assert len(sweeps) == 2
+    assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)
+
+
+@on_every_chip
+@pytest.mark.parametrize(
+    "head_size, scores_dtype",
+    [(64, torch.bfloat16), (64, torch.float16), (64, torch.float32), (16, torch.float32), (256, torch.bfloat16)],
+    ids=str,
+)
+def test_pointer_loss(chip: str, head_size: int, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix instructions in each of the three sweeps; eight launches from the inputs to all gradients."""
+    monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
+    q, k = torch.empty(2, 2, 1, 128, head_size, dtype=scores_dtype)
+    start, end = torch.empty(2, 2, 9, 128, dtype=scores_dtype)
+    spans, labels = torch.empty(40, 4, dtype=torch.int64), torch.empty(40)
+    problem = Problem(torch.empty(2, 128, dtype=torch.bool), None, True, True, 30, 0.125)
+
+    def step() -> None:
+        _, saved = pointer_loss.forward(q, k, start, end, spans, labels, 9, problem)
+        pointer_loss.backward(torch.empty(2, 9), 1.0, saved, start, end, scores_dtype, problem)
+
+    kernels = compile_for(chip, step)
+    assert len(kernels) == 8
+    sweeps = [kernel for kernel in kernels if kernel.name.startswith("pointer_loss")]
+    assert len(sweeps) == 3
     assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)

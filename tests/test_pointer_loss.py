@@ -26,7 +26,7 @@ def some_spans(shape: tuple[int, int, int, int], count: int, device: str) -> tor
     """In any order: valid and invalid ones, some in one row, some listed twice."""
     B, H, N, _ = shape
     spans = torch.stack([torch.randint(size, (count,)) for size in (B, H, N, N)], dim=1)
-    spans[count // 3 :: 3, :3] = spans[: len(spans[count // 3 :: 3]), :3]
+    spans[count // 3 :: 3, :3] = spans[: len(spans[count // 3 :: 3]), :3].clone()
     return torch.cat([spans, spans[: count // 4]])[torch.randperm(count + count // 4)].to(device)
 
 
@@ -181,7 +181,7 @@ def extreme(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs["end"][:, 2, ::3] = 1000.0
     elif name == "largest product where end is -220":
         inputs["q"][:], inputs["k"][:], inputs["rope"] = 0.0, 0.0, False
-        inputs["q"][..., 0], inputs["k"][:, N // 2, 0] = 1.0, 220 * inputs["q"].shape[-1] ** 0.5
+        inputs["q"][..., 0], inputs["k"][..., N // 2, 0] = 1.0, 220 * inputs["q"].shape[-1] ** 0.5
         inputs["end"][:, :, N // 2] = -220.0
     elif name == "learned":
         b, h, m, n = inputs["spans"].unbind(1)
@@ -246,7 +246,7 @@ def test_nan_stays_where_it_is(place: Place, name: str) -> None:
     touched[1, slice(None) if name in "qk" else 2] = True
     assert torch.equal(losses.isnan(), touched)
     for x, y in zip(grads, clean[1:], strict=True):
-        assert torch.equal(x[[0, 2]], y[[0, 2]])
+        assert relative_error(x[[0, 2]], y[[0, 2]]) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8), (2, 3, 5, 8)], ids=str)

@@ -25,12 +25,11 @@ def turn(
     positions: torch.Tensor | None = None,
     rope: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k turned; elements of pairs beside each other, which tiled PyTorch keeps apart."""
     if place.backend == "triton":
         return importlib.import_module("flashpointer.kernels.rotate").rotate(q, k, mask, positions, rope)
     rotary = importlib.import_module("flashpointer.tiled._rotary")
-    both = [rotary.rotated(x, Problem(mask, positions, rope, True, None, 1.0)) for x in (q, k)]
-    return tuple(torch.stack(x.chunk(2, -1), -1).flatten(-2) if rope else x for x in both)
+    q, k = (rotary.rotated(x, Problem(mask, positions, rope, True, None, 1.0)) for x in (q, k))
+    return q, k
 
 
 def turn_back(
@@ -40,8 +39,8 @@ def turn_back(
         importlib.import_module("flashpointer.kernels.rotate").rotate_back_(q, k, positions)
         return q, k
     rotary = importlib.import_module("flashpointer.tiled._rotary")
-    problem = Problem(None, positions, True, True, None, 1.0)
-    return tuple(rotary.rotated_back(torch.cat([x[..., 0::2], x[..., 1::2]], -1), problem) for x in (q, k))
+    q, k = (rotary.rotated_back(x, Problem(None, positions, True, True, None, 1.0)) for x in (q, k))
+    return q, k
 
 
 def exact(x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:

@@ -39,12 +39,19 @@ def _pointer_scores(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {**vectors, **biases, "mask": torch.arange(100, device=device).expand(2, -1) < 80}
 
 
+def _pointer_loss(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    spans = torch.stack([torch.randint(size, (30,), device=device) for size in (2, 9, 40, 40)], dim=1)
+    spans[:, 3] += spans[:, 2]
+    return {**_pointer_scores(device, dtype), "spans": spans}
+
+
 # Each op with what makes its inputs and the arguments that are differentiated.
 OPS: dict[str, tuple[Callable[[torch.device, torch.dtype], dict[str, Any]], tuple[str, ...]]] = {
     "zlpr_loss": (_zlpr_loss, ("scores",)),
     "sparse_zlpr_loss": (_sparse_zlpr_loss, ("scores",)),
     "zlpr_kl_div": (_zlpr_kl_div, ("scores", "other")),
     "pointer_scores": (_pointer_scores, ("q", "k", "start", "end")),
+    "pointer_loss": (_pointer_loss, ("q", "k", "start", "end")),
 }
 
 

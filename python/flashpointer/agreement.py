@@ -2,7 +2,8 @@
 
 The oracle is the eager formula (``reference``) in float64, on the same inputs. An op may be off by at most twice what
 the eager formula in the op's own dtype is off, plus an epsilon: 1e-6 for what is computed in float32 and 1e-13 in
-float64, and for gradients in float16 and bfloat16 the spacing of these types.
+float64, and for gradients in float16 and bfloat16 the spacing of these types. ``pointer_loss`` of such inputs is
+allowed an eighth of it: its kernels round the turned q and k, and the operands of their matrix products, once more.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def compare(
     oracle = run(getattr(reference, op), _cast(inputs, torch.float64), differentiate, upstream)
     eager = run(getattr(reference, op), inputs, differentiate, upstream)
     ours = run(getattr(flashpointer, op), inputs, differentiate, upstream)
+    once_more = torch.finfo(inputs["q"].dtype).eps / 8 if op == "pointer_loss" else 0.0
     return [
-        Agreement(what, relative_error(x, truth), relative_error(baseline, truth), _epsilon(x.dtype))
+        Agreement(what, relative_error(x, truth), relative_error(baseline, truth), max(_epsilon(x.dtype), once_more))
         for what, x, baseline, truth in zip(("loss", *differentiate), ours, eager, oracle, strict=True)
     ]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from .ops import _checks
+from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
 from .ops.zlpr_loss import zlpr_loss
-from .spans import to_dense
 
 
 class ZLPRLoss(torch.nn.Module):
@@ -78,14 +78,17 @@ class _PointerHead(torch.nn.Module):
         mask: torch.Tensor | None = None,
         reduction: str = "mean",
         positions: torch.Tensor | None = None,
+        span_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The ZLPR loss of the scores, over the valid cells of each sentence and head.
+        """The ZLPR loss of the scores, over the valid cells of each sentence and head, in memory linear in the length
+        of a sentence: the scores are never stored.
 
         Args:
             hidden, mask, positions: as for ``forward``.
             spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``
                 makes them. One that is listed twice counts once, and one on an invalid cell leaves both terms.
             reduction: ``"none"`` gives ``[B, heads]``; ``"sum"``; ``"mean"`` over ``B * heads``.
+            span_labels: floating-point ``[S]``, in [0, 1]: soft labels of the spans, 1 by default.
 
         Returns:
             float32, or float64 for float64 hidden states.
@@ -93,10 +96,9 @@ class _PointerHead(torch.nn.Module):
         Raises:
             TypeError, ValueError: for an argument of wrong type, shape, device or value.
         """
-        _checks.check_reduction(type(self).__name__, reduction)
-        scores = self.forward(hidden, mask, positions)
-        labels = to_dense(spans, *scores.shape[:3])
-        return zlpr_loss(scores.flatten(2), labels.flatten(2), reduction=reduction)
+        return pointer_loss(
+            spans=spans, span_labels=span_labels, reduction=reduction, **self._arguments(hidden, mask, positions)
+        )
 
     @torch.no_grad()
     def decode(

@@ -30,8 +30,8 @@ def pointer_loss(
 ) -> torch.Tensor:
     """The ZLPR loss of the scores that ``pointer_scores`` gives, with the labels as a list of spans.
 
-    For each sentence b and head h, over its valid cells (start, end) with scores s and labels t, which are 0 but for the
-    listed spans::
+    For each sentence b and head h, over its valid cells (start, end) with scores s and labels t, which are 0 but for
+    the listed spans::
 
         L[b, h] = log(1 + sum (1 - t) exp(s)) + log(1 + sum t exp(-s))
 
@@ -69,10 +69,10 @@ def pointer_loss(
     if backend == "reference":
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(spans, span_labels, q, heads)
-        options = {"mask": mask, "rope": rope, "tril_mask": tril_mask, "max_width": max_width, "scale": scale}
-        return reference.pointer_loss(  # type: ignore[arg-type]
-            q, k, spans, start, end, positions=positions, span_labels=span_labels, reduction=reduction, **options
-        )
+        return reference.pointer_loss(
+            q, k, spans, start, end, mask=mask, rope=rope, tril_mask=tril_mask, max_width=max_width, scale=scale,
+            positions=positions, span_labels=span_labels, reduction=reduction,
+        )  # fmt: skip
     loss: torch.Tensor = _op(
         q, k, start, end, spans, span_labels, mask, positions, rope, tril_mask, max_width, scale, heads, reduction,
         backend,
@@ -211,8 +211,8 @@ _op_backward = _rows.register(
 _op = _rows.register(
     "pointer_loss(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor spans, Tensor? span_labels, Tensor? mask,"
     " Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, SymInt heads, str reduction,"
-    " str backend) -> (Tensor loss, Tensor turned_q, Tensor turned_k, Tensor exponents, Tensor values, Tensor pivots, Tensor rows,"
-    " Tensor log_sums, Tensor cells, Tensor labels)",
+    " str backend) -> (Tensor loss, Tensor turned_q, Tensor turned_k, Tensor exponents, Tensor values, Tensor pivots,"
+    " Tensor rows, Tensor log_sums, Tensor cells, Tensor labels)",
     _compute,
     _fake,
     _setup_context,

@@ -60,9 +60,7 @@ def decode(
                 best = best[0][:max_spans], best[1][:max_spans]
     cells, scores = _merged([best, *pending], length, floor, top_k)
     count = len(cells) if top_k else count
-    cells, scores = cells[:max_spans], scores[:max_spans]
-    planes, m, n = cells // length**2, cells // length % length, cells % length
-    return torch.stack([planes // heads, planes % heads, m, n], dim=1), scores, count
+    return cells[:max_spans], scores[:max_spans], count
 
 
 # --- the search ----------------------------------------------------------------------------------------------------
@@ -83,30 +81,35 @@ def _found(
 ) -> Iterator[Found]:
     """What is above the floor [B * H] of its head, which the caller may raise on the way; in no particular order."""
     (groups, heads, width), length = start.shape, q.shape[2]
-    q, k = (pad(x, (0, 0, 0, width - length)).flatten(0, 1) for x in (q, k))
-    start, end = (x.unflatten(2, (-1, BLOCK)) for x in (start, end))
+    if start.numel() == 0:
+        return
+    if width > length:
+        q, k = (pad(x, (0, 0, 0, width - length)) for x in (q, k))
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    start, end = (x.view(groups, heads, width // BLOCK, BLOCK) for x in (start, end))
     most_start, most_end = start.amax(-1), end.amax(-1)
     floor = floor.view(groups, heads)
     for g, r, c, penalty in _tiles(groups, width, problem, q):
         rows, columns = (slice(s.start // BLOCK, s.stop // BLOCK) for s in (r, c))
         x = torch.bmm(q[g, r], k[g, c].mT).mul_(problem.scale)
         x[..., : penalty.shape[1]] += penalty
-        x = x.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))  # row block, row, column block, column
+        x = x.view(len(x), rows.stop - rows.start, BLOCK, columns.stop - columns.start, BLOCK)
         of_columns, of_blocks = _largest(x)
         if of_blocks.isnan().any():
             of_columns, of_blocks = _largest(x.masked_fill_(x.isnan(), -torch.inf))
         bounds = of_blocks.unsqueeze(1) + most_start[g, :, rows, None] + most_end[g, :, None, columns]
-        for some in (bounds > floor[g, :, None, None]).nonzero().split(TILE // BLOCK**2):
+        for some in (bounds > floor[g, :, None, None]).nonzero().split(TILE // BLOCK):
             i, h, row, column = some.unbind(1)
-            at = g.start + i, h, rows.start + row
-            to = g.start + i, h, columns.start + column
-            bounds = of_columns[i, row, column] + most_start[at].unsqueeze(1) + end[to]
-            of, n = (bounds > floor[at[:2]].unsqueeze(1)).nonzero().unbind(1)
-            i, row, column, at, to = i[of], row[of], column[of], tuple(x[of] for x in at), tuple(x[of] for x in to)
-            scores = x[i, row, :, column, n] + start[at] + end[(*to, n)].unsqueeze(1)
-            of, m = (scores > floor[at[:2]].unsqueeze(1)).nonzero().unbind(1)
-            plane, m_token, n_token = at[0] * heads + at[1], at[2][of] * BLOCK + m, to[2][of] * BLOCK + n[of]
-            yield (plane[of] * length + m_token) * length + n_token, scores[of, m]
+            group, first, last = i + g.start, row + rows.start, column + columns.start
+            bounds = of_columns[i, row, column] + most_start[group, h, first, None] + end[group, h, last]
+            for some in (bounds > floor[group, h, None]).nonzero().split(TILE // BLOCK):
+                of, n = some.unbind(1)
+                scores = x[i[of], row[of], :, column[of], n]
+                scores = scores + start[group[of], h[of], first[of]] + end[group[of], h[of], last[of], n, None]
+                here, m = (scores > floor[group[of], h[of], None]).nonzero().unbind(1)
+                of, n = of[here], n[here]
+                plane, m_token, n_token = group[of] * heads + h[of], first[of] * BLOCK + m, last[of] * BLOCK + n
+                yield (plane * length + m_token) * length + n_token, scores[here, m]
 
 
 def _tiles(

@@ -122,16 +122,14 @@ def backward(
     start, end = (_masked(bias, q, heads, problem) for bias in (start, end))
     for block in _direct(group, start, end, bounds, some_cells, some_labels, problem):
         planes, listed_planes = block.rows // length, some_cells[block.listed] // length**2
-        share = upstream.view(-1)[planes].masked_fill_(~block.live, 0.0)
-        weights = (block.negatives - log_sums[0].view(-1)[planes].unsqueeze(-1)).exp_().mul_(share.unsqueeze(-1))
+        shares = upstream.view(-1)[planes].masked_fill_(~block.live, 0.0)
+        weights = (block.negatives - log_sums[0].view(-1)[planes].unsqueeze(-1)).exp_().mul_(shares.unsqueeze(-1))
         taken = (block.positives - log_sums[1].view(-1)[listed_planes]).exp_().mul_(upstream.view(-1)[listed_planes])
         weights.view(-1).index_add_(0, block.at, taken, alpha=-1)
         d_start.view(-1).index_add_(0, some_cells[block.listed] // length, taken, alpha=-1)
         d_end.view(-1, length).index_add_(0, planes.flatten(), weights.flatten(0, 1))
         tokens = block.groups.unsqueeze(1) * length + block.rows % length
-        d_q.view(-1, d_q.shape[-1]).index_add_(
-            0, tokens.flatten(), torch.bmm(weights, group.k[block.groups]).flatten(0, 1)
-        )
+        d_q.view(-1, d_q.shape[-1]).index_add_(0, tokens.flatten(), torch.bmm(weights, block.k).flatten(0, 1))
         d_k_heads_first.index_add_(0, block.groups, torch.bmm(block.q.mT, weights))
     d_k.view_as(group.k).copy_(d_k_heads_first.mT)
     d_q, d_k = rotated_back(d_q.mul_(problem.scale), problem), rotated_back(d_k, problem)
@@ -143,7 +141,7 @@ def backward(
 
 def _masked(bias: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Any) -> torch.Tensor:
     """A bias [B, H, N] in the computing dtype: 0 for none, -inf for the tokens that the mask drops."""
-    x = q.new_zeros((q.shape[0], heads, q.shape[2])) if bias is None else bias.to(q.dtype)
+    x = q.new_zeros((q.shape[0], heads, q.shape[2])) if bias is None else bias.to(q.dtype).contiguous()
     return x if problem.mask is None else torch.where(problem.mask.unsqueeze(1), x, -torch.inf)
 
 
@@ -151,7 +149,10 @@ def _by_group(saved: Saved) -> Saved:
     """Views with a group first: q and k [G, N, D], the biases [G, heads of a group, N]."""
     q, k, *of_heads = saved[:6]
     groups, length = q.shape[0] * q.shape[1], q.shape[2]
-    return Saved(q.flatten(0, 1), k.flatten(0, 1), *(x.view(groups, -1, length) for x in of_heads), *saved[6:])
+    exponents, values, pivots, rows = (x.view(groups, -1, length) for x in of_heads)
+    return saved._replace(
+        q=q.flatten(0, 1), k=k.flatten(0, 1), exponents=exponents, values=values, pivots=pivots, rows=rows
+    )
 
 
 def _tiles(group: Saved, problem: Any) -> Iterator[tuple[slice, slice, slice, torch.Tensor | None]]:
@@ -163,11 +164,14 @@ def _tiles(group: Saved, problem: Any) -> Iterator[tuple[slice, slice, slice, to
         last = (problem.mask * torch.arange(1, length + 1)).amax(1).repeat_interleave(groups // len(problem.mask))
         extents = last.tolist()
     height = 64 if length < 512 else 128
+    banded = problem.max_width is not None
+    corner = _corner(slice(0, height), slice(0, height), problem, group.q)
     for first in range(0, length, height):
         last_row = min(first + height, length) - 1
         c_first = first if problem.tril_mask else 0
-        c_stop = length if problem.max_width is None else min(length, last_row + problem.max_width)
-        corner = _corner(slice(first, last_row + 1), slice(c_first, c_stop), problem, group.q)
+        c_stop = min(length, last_row + problem.max_width) if banded else length
+        if banded:
+            corner = _corner(slice(first, last_row + 1), slice(c_first, c_stop), problem, group.q)
         depth = max(1, TILE // ((last_row + 1 - first) * (c_stop - c_first)))
         for g in (slice(g, min(g + depth, groups)) for g in range(0, groups, depth)):
             extent = max(extents[g])
@@ -180,8 +184,8 @@ def _corner(r: slice, c: slice, problem: Any, like: torch.Tensor) -> torch.Tenso
     m, n = (torch.arange(s.start, s.stop, device=like.device) for s in (r, c))
     if problem.max_width is not None:
         valid = n - m.unsqueeze(1) < problem.max_width
-        return (valid & (m.unsqueeze(1) <= n) if problem.tril_mask else valid).to(like.dtype)
-    return (m.unsqueeze(1) <= n[: len(m)]).to(like.dtype) if problem.tril_mask else None
+        return (valid & (m.unsqueeze(1) <= n) if problem.tril_mask else valid).to(like)
+    return (m.unsqueeze(1) <= n[: len(m)]).to(like) if problem.tril_mask else None
 
 
 def _exp(p: torch.Tensor, corner: torch.Tensor | None) -> torch.Tensor:
@@ -225,6 +229,7 @@ class _Block(NamedTuple):
     """Some direct rows, p of each of g groups at most."""
 
     groups: torch.Tensor  # [g]
+    k: torch.Tensor  # [g, N, D], theirs
     rows: torch.Tensor  # [g, p]: (b * H + h) * N + start
     live: torch.Tensor  # [g, p]: False where a group has fewer rows
     q: torch.Tensor  # [g, p, D]
@@ -265,11 +270,12 @@ def _direct(
         g = (counts > p).nonzero().squeeze(1)
         slots = firsts[g].unsqueeze(1) + torch.arange(p, min(p + width, most), device=g.device)
         live = slots < (firsts + counts)[g].unsqueeze(1)
-        row = rows[slots.clamp_(max=len(rows) - 1)]
+        row = rows[torch.minimum(slots, (firsts + counts - 1)[g].unsqueeze(1))]  # the last one in the place of none
         m = row % length
         q = group.q[g.unsqueeze(1), m]
+        k = group.k if len(g) == groups else group.k[g]
         scores = (
-            torch.bmm(q, group.k[g].mT)
+            torch.bmm(q, k.mT)
             .add_(start.view(-1)[row].unsqueeze(-1))
             .add_(end.view(-1, length)[row // length])
         )
@@ -283,7 +289,7 @@ def _direct(
         own, t = scores.view(-1)[at], labels[listed]
         scores.view(-1)[at] += torch.log1p(-t)
         positives = (torch.log(t) - own).masked_fill_(own == -torch.inf, -torch.inf)  # such a cell leaves both terms
-        yield _Block(g, row, live, q, scores, at, listed, positives)
+        yield _Block(g, k, row, live, q, scores, at, listed, positives)
 
 
 def _log_one_plus_sums(x: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
