@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import overhead, report
+from . import growth, overhead, report
 from .measure import PASSES, OtherProcesses, measure, measure_ceilings
 from .suite import cases, ops
 
@@ -21,7 +21,9 @@ PIPE_WIDTH = 150
 def main() -> int:
     known = ops()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the ops beside their rivals.")
-    parser.add_argument("tool", nargs="?", choices=("sweep", "overhead"), default="sweep", help="default: sweep")
+    parser.add_argument(
+        "tool", nargs="?", choices=("sweep", "growth", "overhead"), default="sweep", help="default: sweep"
+    )
     parser.add_argument("--quick", action="store_true", help="few shapes, one dtype, under two minutes")
     parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="NAME", help="default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "local", metavar="DIR")
@@ -35,6 +37,12 @@ def main() -> int:
     others = OtherProcesses()
     torch.manual_seed(0)
     device, seconds = torch.device(arguments.device), 0.2 if arguments.quick else 1.0
+    if arguments.tool == "growth":
+        ceilings = measure_ceilings(device, {torch.bfloat16 if device.type == "cuda" else torch.float32}, seconds)
+        curves = growth.measure(device, seconds, console.print, growth.QUICK if arguments.quick else growth.ALL)
+        for file in growth.write(arguments.out, curves, report.conditions(device, others.share()), ceilings):
+            console.print(f"wrote {file}")
+        return 0
     todo = cases([known[name] for name in arguments.op], device, arguments.quick)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Not refreshed of itself: that is a thread, which would draw beside what is timed.

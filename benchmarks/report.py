@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -76,6 +76,11 @@ def scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
     """To three digits, in the unit that suits it."""
     scale, unit = next((u for u in units if value >= u[0]), units[-1])
     return f"{short(value / scale)} {unit}"
+
+
+def tick(units: Sequence[tuple[float, str]]) -> Callable[[float, int], str]:
+    """How an axis writes its powers of ten."""
+    return lambda value, _: scaled(value, units).replace(".00", "").replace(".0", "")
 
 
 def short(value: float) -> str:
@@ -249,7 +254,7 @@ def bars(axes: Axes, results: list[Result], name: str, what: str, units: Sequenc
             axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center", size=7)
     axes.set_yscale("log")
     axes.set_ylim(10 ** math.floor(math.log10(min(tops, default=1) / 2)), max(tops, default=1) * 2)
-    axes.yaxis.set_major_formatter(lambda value, _: scaled(value, units).replace(".00", "").replace(".0", ""))
+    axes.yaxis.set_major_formatter(tick(units))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(-0.6, len(results) - 0.4)
     axes.set_xticks(range(len(results)), [str(result.case.shape) for result in results])

@@ -43,7 +43,7 @@ def load_number(bias, kept, h, token, stride_h, stride_n, HAS_BIAS: tl.constexpr
 
 @triton.jit(do_not_specialize=["limit"])
 def pointer_decode_kernel(
-    q, k, start, end, mask, cursors, cells, scores,
+    q, k, start, end, mask, cursors, ends, scores,
     groups_of_sentence, heads, length, max_width, scale, threshold, limit,
     stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn,
     SIZE: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
@@ -53,7 +53,7 @@ def pointer_decode_kernel(
     """BLOCK rows of HEADS heads of a group to a program.
 
     It moves the cursors [B, all heads, length] of its rows past the spans it finds, and of the spans that a cursor
-    passes below the limit it writes cell and score.
+    passes below the limit it writes the end and the score.
     """
     tiles = tl.cdiv(length, BLOCK)
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -71,8 +71,9 @@ def pointer_decode_kernel(
     k += group * length * SIZE
     kept_m = load_kept(mask, m, length, stride_mn, HAS_MASK)
     if tl.max(kept_m.to(tl.int32), axis=0) > 0:
-        here = (some_heads < h_stop) & kept_m[None, :]
-        most_start = tl.max(load_number(start, here, some_heads, m[None, :], stride_sh, stride_sn, HAS_START), axis=1)
+        some_kept_m = (some_heads < h_stop) & kept_m[None, :]
+        starts = load_number(start, some_kept_m, some_heads, m[None, :], stride_sh, stride_sn, HAS_START)
+        most_start = tl.max(starts, axis=1)
         for n_first in range(0, length, BLOCK):
             if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
                 n = n_first + tl.arange(0, BLOCK)
@@ -81,9 +82,9 @@ def pointer_decode_kernel(
                 x = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION, BLOCK) * scale
                 x = tl.where(valid & (x == x), x, float("-inf"))
                 largest = tl.max(x)
-                here = (some_heads < h_stop) & kept_n[None, :]
-                ends = load_number(end, here, some_heads, n[None, :], stride_eh, stride_en, HAS_END)
-                bounds = largest + most_start + tl.max(ends, axis=1)
+                some_kept_n = (some_heads < h_stop) & kept_n[None, :]
+                some_ends = load_number(end, some_kept_n, some_heads, n[None, :], stride_eh, stride_en, HAS_END)
+                bounds = largest + most_start + tl.max(some_ends, axis=1)
                 if tl.max((bounds > threshold).to(tl.int32), axis=0) > 0:
                     for h in range(h_first, h_stop):
                         h = tl.cast(h, tl.int64)
@@ -100,14 +101,14 @@ def pointer_decode_kernel(
                             if limit > 0:
                                 to = at[:, None] + tl.cumsum(found, axis=1) - 1
                                 write = (found > 0) & (to < limit)
-                                tl.store(cells + to, row[:, None] * length + n[None, :], mask=write)
+                                tl.store(ends + to, n[None, :], mask=write)
                                 tl.store(scores + to, s, mask=write)
 
 
 def plan(heads_of_group: int, head_size: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule: small tiles, for the bounds of those are tight."""
-    chunk = max(16, triton.next_power_of_2(head_size))
-    return Plan(32, min(32 if dtype == torch.float32 else 64, chunk), 1 if heads_of_group == 1 else 16, 4)
+    chunk = 16 if dtype == torch.float32 or head_size <= 16 else 32
+    return Plan(32, chunk, 1 if heads_of_group == 1 else 16, 4)
 
 
 def decode(
@@ -127,32 +128,36 @@ def decode(
     """
     batch, own_heads, length, size = q.shape
     cursors = torch.zeros((batch, heads, length), dtype=torch.int64, device=q.device)
-    cells, scores = cursors.new_empty(0), q.new_empty(0, dtype=torch.float32)
+    ends, scores = (torch.empty(0, dtype=dtype, device=q.device) for dtype in (torch.int32, torch.float32))
     if cursors.numel() == 0:
-        return cells, scores, 0
+        return cursors.view(-1), scores, 0
     of_group = heads // own_heads
     rule = plan(of_group, size, q.dtype)
     q, k = rotate(q, k, problem.mask, problem.positions, problem.rope)
     mask, mask_strides, constants = masking(problem, q)
     bias_strides = [(0, 0, 0) if bias is None else bias.stride() for bias in (start, end)]
+    # NVIDIA's assembler would rather spill a little than let fewer programs run at once.
+    options = {"maxnreg": 255} if torch.version.hip is None else {}
 
     def sweep(limit: int) -> None:
         grid = (batch * own_heads * triton.cdiv(length, rule.block), triton.cdiv(of_group, rule.heads))
         pointer_decode_kernel[grid](
-            q, k, q if start is None else start, q if end is None else end, mask, cursors, cells, scores,
+            q, k, q if start is None else start, q if end is None else end, mask, cursors, ends, scores,
             own_heads, of_group, length, problem.max_width or 0, problem.scale, threshold, limit,
             *bias_strides[0], *bias_strides[1], *mask_strides,
             SIZE=size, HAS_START=start is not None, HAS_END=end is not None, PRECISION=float32_precision(),
-            CHUNK=rule.chunk, BLOCK=rule.block, HEADS=rule.heads, num_warps=rule.num_warps, num_stages=2, **constants,
+            CHUNK=rule.chunk, BLOCK=rule.block, HEADS=rule.heads, num_warps=rule.num_warps, num_stages=2,
+            **constants, **options,
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
         sweep(0)
         behind = cursors.view(-1).cumsum(0)
         count = int(behind[-1])
-        if count > 0:
-            cells = cells.new_empty(count if max_spans is None else min(count, max_spans))
-            scores = scores.new_empty(len(cells))
+        some = count if max_spans is None else min(count, max_spans)
+        if some > 0:
+            ends, scores = ends.new_empty(some), scores.new_empty(some)
             torch.sub(behind, cursors.view(-1), out=cursors.view(-1))
-            sweep(len(cells))
-    return cells, scores, count
+            sweep(some)
+    rows = torch.searchsorted(behind, torch.arange(some, device=q.device), right=True)
+    return rows * length + ends, scores, count

@@ -32,7 +32,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .pointer_scores import float32_precision, load_kept, load_vectors, masking, may_be_valid, valid_cells
+from .pointer_scores import (
+    float32_precision,
+    load_bias,
+    load_kept,
+    load_vectors,
+    masking,
+    may_be_valid,
+    valid_cells,
+)
 from .rotate import rotate, rotate_back_
 from .zlpr_loss import log_term, pivot
 
@@ -94,16 +102,6 @@ def sort_spans_kernel(
         t = tl.load(span_labels + i.to(tl.int64) * stride_l, mask=i < count, other=0.0).to(tl.float32)
     tl.store(cells + place, cell, mask=i < count)
     tl.store(labels + place, t, mask=i < count)
-
-
-@triton.jit
-def load_bias(bias, kept, h, token, stride_h, stride_n, HAS_BIAS: tl.constexpr):
-    """The bias of tokens in float32: 0 where there is none, -inf for tokens that are not kept."""
-    x = tl.where(kept, 0.0, float("-inf"))
-    if HAS_BIAS:
-        at = bias + h.to(tl.int64) * stride_h + token.to(tl.int64) * stride_n
-        x = tl.load(at, mask=kept, other=float("-inf")).to(tl.float32)
-    return x
 
 
 @triton.jit
@@ -686,20 +684,19 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-# For usual head sizes, what no chip spills: float32 is three operands where tf32x3 multiplies it, and float16 is float32
-# but for q k^T. The small plan serves all others.
+# What no chip spills: float32 is three operands where tf32x3 multiplies it, and float16 is float32 but for q k^T. Short
+# vectors leave eight warps too little to share, and long ones are many parts.
 PLANS = {
     torch.bfloat16: Plan(64, 16, 32, 64, 8),
     torch.float16: Plan(32, 32, 32, 64, 4),
     torch.float32: Plan(16, 32, 16, 64, 4),
 }
-SMALL = PLANS[torch.float32]
 
 
 def plan(head_size: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule."""
-    rule = PLANS[dtype] if 32 < head_size <= 64 else SMALL
     vector = max(16, triton.next_power_of_2(head_size))
+    rule = PLANS[torch.float32 if vector > 64 else torch.float16 if vector < 64 and dtype != torch.float32 else dtype]
     return rule._replace(chunk=min(rule.chunk, vector), part=min(rule.part, vector))
 
 

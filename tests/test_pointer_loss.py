@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import flashpointer as fp
 from flashpointer.agreement import compare, relative_error, run
 
-from .conftest import Place
+from .conftest import INTERPRETED, Place
 from .test_memory import peak
 from .test_pointer_scores import OPTIONS, differentiable, holes, tensors
 
@@ -59,6 +59,8 @@ def agree(inputs: dict[str, Any], upstream: torch.Tensor | None = None, at_most:
 def test_agrees_with_float64(
     place: Place, dtype: torch.dtype, shape: tuple[int, int, int, int], shared: bool, options: dict[str, Any]
 ) -> None:
+    if place.small and not shared and shape[1] > 4:
+        pytest.skip("heads of their own are interpreted one by one")
     B, H, N, _ = shape
     inputs = {**problem(shape, shared, dtype, place.device), "mask": holes(B, N, place.device), **options}
     agree({**inputs, "reduction": "none"}, 100 * torch.rand(B, H, device=place.device))
@@ -280,7 +282,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10 if INTERPRETED else 40, deadline=None)
 @given(inputs=problems())
 def test_any_problem_agrees(place: Place, inputs: dict[str, Any]) -> None:
     agree({k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})

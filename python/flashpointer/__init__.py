@@ -11,6 +11,7 @@ from importlib.metadata import version as _version
 
 from . import convert, nn, reference, spans
 from .backends import use_backend
+from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
 from .ops.sparse_zlpr_loss import sparse_zlpr_loss
@@ -21,6 +22,7 @@ __version__ = _version("flashpointer")
 __all__ = [
     "convert",
     "nn",
+    "pointer_decode",
     "pointer_loss",
     "pointer_scores",
     "reference",

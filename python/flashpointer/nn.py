@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .ops import _checks
+from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
 from .ops.zlpr_loss import zlpr_loss
@@ -107,12 +108,18 @@ class _PointerHead(torch.nn.Module):
         mask: torch.Tensor | None = None,
         threshold: float = 0.0,
         positions: torch.Tensor | None = None,
+        *,
+        top_k: int | None = None,
+        non_overlapping: bool = False,
+        max_spans: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The spans whose score is above the threshold. On a GPU it waits for the device, to learn how many there are.
+        """The spans whose score is above the threshold, found without storing the scores. On a GPU it waits for the
+        device once, to learn how many there are.
 
         Args:
             hidden, mask, positions: as for ``forward``.
-            threshold: 0 is where the loss puts it; -inf gives every valid span.
+            threshold, top_k, non_overlapping, max_spans: as for ``pointer_decode``. 0 is where the loss puts the
+                threshold.
 
         Returns:
             ``(spans, scores)``: int64 ``[S, 4]``, sorted rows (batch, head, start, end), end inclusive; and the score
@@ -121,9 +128,11 @@ class _PointerHead(torch.nn.Module):
         Raises:
             TypeError, ValueError: for an argument of wrong type, shape, device or value.
         """
-        scores = self.forward(hidden, mask, positions)
-        spans = (scores > threshold).nonzero()
-        return spans, scores[spans.unbind(1)]
+        options = {"top_k": top_k, "non_overlapping": non_overlapping, "max_spans": max_spans}
+        found: tuple[torch.Tensor, torch.Tensor] = pointer_decode(
+            threshold=threshold, **options, **self._arguments(hidden, mask, positions)
+        )
+        return found
 
     def extra_repr(self) -> str:
         return (

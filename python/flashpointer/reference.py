@@ -5,6 +5,8 @@ Differentiated by PyTorch. Computed in float32 at least, whatever autocast says.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -172,3 +174,25 @@ def _dense_labels(spans: torch.Tensor, span_labels: torch.Tensor | None, scores:
         first = unlisted.scatter_reduce(0, cell, torch.arange(count, device=spans.device), "amin")
         labels = torch.cat([_upcast(span_labels), span_labels.new_zeros(1)])[first]
     return labels[:cells].view(scores.shape)
+
+
+def pointer_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: torch.Tensor | None,
+    end: torch.Tensor | None,
+    problem: Any,
+    threshold: float,
+    max_spans: int | None = None,
+    top_k: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The cells of ``pointer_scores`` above the threshold, flat and sorted, their scores, and how many there are."""
+    biases = (None if x is None else _upcast(x) for x in (start, end))
+    scores = pointer_scores(_upcast(q), _upcast(k), *biases, **problem._asdict())
+    above = scores > threshold
+    if top_k is not None and scores.numel() > 0:
+        planes = scores.masked_fill(~above, -torch.inf).flatten(2)
+        best = planes.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        above &= torch.zeros_like(planes, dtype=torch.bool).scatter(-1, best, True).view(scores.shape)
+    cells = above.flatten().nonzero().squeeze(1)
+    return cells[:max_spans], scores.flatten()[cells[:max_spans]], len(cells)

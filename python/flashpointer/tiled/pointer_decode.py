@@ -98,11 +98,11 @@ def _found(
         if of_blocks.isnan().any():
             of_columns, of_blocks = _largest(x.masked_fill_(x.isnan(), -torch.inf))
         bounds = of_blocks.unsqueeze(1) + most_start[g, :, rows, None] + most_end[g, :, None, columns]
-        for some in (bounds > floor[g, :, None, None]).nonzero().split(TILE // BLOCK):
+        for some in (bounds > floor[g, :, None, None]).nonzero().split(TILE // BLOCK):  # type: ignore[no-untyped-call]
             i, h, row, column = some.unbind(1)
             group, first, last = i + g.start, row + rows.start, column + columns.start
             bounds = of_columns[i, row, column] + most_start[group, h, first, None] + end[group, h, last]
-            for some in (bounds > floor[group, h, None]).nonzero().split(TILE // BLOCK):
+            for some in (bounds > floor[group, h, None]).nonzero().split(TILE // BLOCK):  # type: ignore[no-untyped-call]
                 of, n = some.unbind(1)
                 scores = x[i[of], row[of], :, column[of], n]
                 scores = scores + start[group[of], h[of], first[of]] + end[group[of], h[of], last[of], n, None]

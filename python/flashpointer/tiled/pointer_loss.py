@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 
 from ._rotary import rotated, rotated_back
 from ._tiles import TILE
+from .pointer_scores import invalid_cells
 
 # A term that underflows in a row of this bound is e^37 times smaller than the 1 inside the logarithm.
 SAFE_BOUND = 50.0
@@ -181,11 +182,9 @@ def _tiles(group: Saved, problem: Any) -> Iterator[tuple[slice, slice, slice, to
 
 
 def _corner(r: slice, c: slice, problem: Any, like: torch.Tensor) -> torch.Tensor | None:
-    m, n = (torch.arange(s.start, s.stop, device=like.device) for s in (r, c))
     if problem.max_width is not None:
-        valid = n - m.unsqueeze(1) < problem.max_width
-        return (valid & (m.unsqueeze(1) <= n) if problem.tril_mask else valid).to(like)
-    return (m.unsqueeze(1) <= n[: len(m)]).to(like) if problem.tril_mask else None
+        return (~invalid_cells(r, c, problem, like.device)).to(like)
+    return (~invalid_cells(r, r, problem, like.device)).to(like) if problem.tril_mask else None
 
 
 def _exp(p: torch.Tensor, corner: torch.Tensor | None) -> torch.Tensor:
@@ -274,11 +273,7 @@ def _direct(
         m = row % length
         q = group.q[g.unsqueeze(1), m]
         k = group.k if len(g) == groups else group.k[g]
-        scores = (
-            torch.bmm(q, k.mT)
-            .add_(start.view(-1)[row].unsqueeze(-1))
-            .add_(end.view(-1, length)[row // length])
-        )
+        scores = torch.bmm(q, k.mT).add_(start.view(-1)[row].unsqueeze(-1)).add_(end.view(-1, length)[row // length])
         if problem.tril_mask:
             scores.masked_fill_(tokens < m.unsqueeze(-1), -torch.inf)
         if problem.max_width is not None:

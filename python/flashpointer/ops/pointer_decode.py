@@ -1,0 +1,122 @@
+"""``pointer_decode``: the spans above a threshold, without most of the scores."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from bisect import bisect_left
+from typing import Any
+
+import torch
+
+from .. import backends, reference
+from ..tiled import pointer_decode as tiled
+from . import _checks, _pointer
+
+OP = "pointer_decode"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph breaks here: how many spans is not known before
+@torch.no_grad()
+def pointer_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+    rope: bool = True,
+    tril_mask: bool = True,
+    max_width: int | None = None,
+    scale: float | None = None,
+    positions: torch.Tensor | None = None,
+    threshold: float = 0.0,
+    top_k: int | None = None,
+    non_overlapping: bool = False,
+    max_spans: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The spans whose score, as ``pointer_scores`` gives it, is above the threshold.
+
+    The scores are not stored, and few are computed: where a bound shows that a block of cells of a head has nothing
+    above the threshold, it is skipped. Memory is linear in the length of a sentence and in the number of spans. On a
+    GPU it waits for the device once, to learn how many there are.
+
+    Args:
+        q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
+        threshold: 0 is where the loss puts it; -inf gives every valid span whose score is finite. Scores are compared
+            in float32 (float64 for float64), before they are rounded to the dtype of q.
+        top_k: of each head of a sentence at most so many, the best; of equal ones the first.
+        non_overlapping: for flat entities: in each sentence, over all heads, the best span, then the best that shares
+            no token with it, and so on. This runs on the CPU.
+        max_spans: at most so many in all, before ``non_overlapping``: the first in the order below. A warning says so.
+            An untrained model has millions of spans above 0; this bounds the memory that they take.
+
+    Returns:
+        ``(spans, scores)``: int64 ``[S, 4]``, sorted rows (batch, head, start, end), end inclusive; and the score
+        ``[S]`` of each in the dtype of q, whose probability is ``sigmoid(2 * score)``. Neither has a gradient.
+
+    Raises:
+        TypeError, ValueError: for an argument of wrong type, shape, device or value.
+
+    References:
+        arXiv:2208.03054, as for ``pointer_scores``; https://kexue.fm/archives/8373 (greedy flat decoding is usual).
+    """
+    q, k, start, end, mask, heads, scale = _pointer.check(
+        OP, q, k, start, end, mask=mask, positions=positions, max_width=max_width, scale=scale
+    )
+    if not isinstance(threshold, (int, float)) or math.isnan(threshold):
+        raise ValueError(f"{OP}: threshold takes a number; got {_checks.describe(threshold)}")
+    for name, limit in (("top_k", top_k), ("max_spans", max_spans)):
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ValueError(f"{OP}: {name} takes an int of at least 1, or None; got {_checks.describe(limit)}")
+    if not isinstance(non_overlapping, bool):
+        raise TypeError(f"{OP}: non_overlapping takes a bool; got {_checks.describe(non_overlapping)}")
+    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
+    dtype, length = q.dtype, q.shape[-2]
+    cells, scores, count = _cells(q, k, start, end, heads, problem, float(threshold), max_spans, top_k)
+    if count > len(cells):
+        warnings.warn(
+            f"{OP}: {count:,} spans are above the threshold {threshold:g}; the first {max_spans:,} are returned, as "
+            "max_spans asks. A higher threshold or top_k leaves fewer, and so does a model that has been trained.",
+            stacklevel=2,
+        )
+    row = cells // max(1, length)
+    plane = row // max(1, length)
+    spans = torch.stack([plane // heads, plane % heads, row % max(1, length), cells % max(1, length)], dim=1)
+    if non_overlapping:
+        kept = _greedy(spans, scores).to(spans.device)
+        spans, scores = spans[kept], scores[kept]
+    return spans, scores.to(dtype)
+
+
+def _cells(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, heads: int,
+    problem: _pointer.Problem, threshold: float, max_spans: int | None, top_k: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
+    backend = backends.choose(q)
+    with torch.autocast(q.device.type, enabled=False):
+        if backend == "reference":
+            return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
+        q, k = _pointer.per_head(q, k)
+        if backend == "tiled" or top_k is not None:  # which the tiles prune while they go
+            return tiled.decode(q, k, start, end, heads, problem, threshold, max_spans, top_k)
+        decode: Any = backends.implementation(OP, backend).decode
+        found: tuple[torch.Tensor, torch.Tensor, int] = decode(q, k, start, end, heads, problem, threshold, max_spans)
+        return found
+
+
+def _greedy(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Which spans stay, in order, where the better one of two that overlap does: of equal ones the first."""
+    rows = spans.tolist()
+    taken: dict[int, list[tuple[int, int]]] = {}
+    kept = []
+    for i in scores.float().sort(descending=True, stable=True).indices.tolist():
+        sentence, _, first, last = rows[i]
+        first, last = min(first, last), max(first, last)
+        there = taken.setdefault(sentence, [])
+        place = bisect_left(there, (first, last))
+        if (place > 0 and there[place - 1][1] >= first) or (place < len(there) and there[place][0] <= last):
+            continue
+        there.insert(place, (first, last))
+        kept.append(i)
+    return torch.tensor(sorted(kept), dtype=torch.int64)

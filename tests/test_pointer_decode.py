@@ -1,0 +1,225 @@
+"""pointer_decode against the scores in float64: which spans, in which order, under every option; memory, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashpointer as fp
+from flashpointer.agreement import relative_error
+
+from .conftest import INTERPRETED, Place
+from .test_memory import peak
+from .test_pointer_scores import OPTIONS, holes, tensors
+
+SHAPES = [(1, 1, 1, 2), (2, 3, 20, 8), (1, 4, 70, 20), (1, 40, 33, 6)]
+FULL_SHAPES = [(2, 10, 300, 64), (1, 1000, 64, 16), (1, 3, 700, 64), (20, 9, 64, 64)]
+
+
+def truth(inputs: dict[str, Any]) -> torch.Tensor:
+    exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    return fp.reference.pointer_scores(**exact)
+
+
+def agree(inputs: dict[str, Any], threshold: float = 0.0) -> None:
+    """The spans above the threshold, in order; only where the score all but equals it may they differ."""
+    spans, scores = fp.pointer_decode(**inputs, threshold=threshold)
+    exact, dtype = truth(inputs), inputs["q"].dtype
+    assert spans.dtype == torch.int64 and scores.dtype == dtype and not scores.requires_grad
+    assert torch.equal(spans, spans.unique(dim=0))  # which is sorted, too
+    found = torch.zeros(exact.shape, dtype=torch.bool, device=exact.device)
+    found[spans.unbind(1)] = True
+    finite = exact.isfinite()
+    rounding = 4 * max(torch.finfo(dtype).eps, 1e-6) * (1 + exact[finite].abs().max() if finite.any() else 1)
+    assert not (found & ~finite).any()
+    differs = found != (exact > threshold)
+    assert not (differs & ((exact - threshold).abs() > rounding)).any()
+    assert relative_error(scores, exact[spans.unbind(1)]) <= 2 * max(torch.finfo(dtype).eps, 1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_finds_what_is_above(
+    place: Place, dtype: torch.dtype, shape: tuple[int, int, int, int], shared: bool, options: dict[str, Any]
+) -> None:
+    if place.small and not shared and shape[1] > 4:
+        pytest.skip("heads of their own are interpreted one by one")
+    inputs = {**tensors(shape, shared, dtype, place.device), "mask": holes(shape[0], shape[2], place.device), **options}
+    for threshold in (0.0, 3.5):
+        agree(inputs, threshold)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("shape", FULL_SHAPES, ids=str)
+def test_real_sizes(place: Place, shape: tuple[int, int, int, int], shared: bool) -> None:
+    if place.small:
+        pytest.skip("too large for the interpreter")
+    for shift in (0.0, -2.5):
+        inputs = tensors(shape, shared, torch.float32, place.device)
+        inputs["start"] += shift
+        agree(inputs)
+
+
+def test_any_threshold(place: Place) -> None:
+    inputs = tensors((2, 3, 20, 8), True, torch.float32, place.device)
+    valid = int(truth(inputs).isfinite().sum())
+    assert len(fp.pointer_decode(**inputs, threshold=float("-inf"))[0]) == valid
+    assert len(fp.pointer_decode(**inputs, threshold=float("inf"))[0]) == 0
+    everything = fp.pointer_decode(**inputs, threshold=-1e6)[1].sort().values
+    assert len(fp.pointer_decode(**inputs, threshold=everything[-5].item())[0]) == 4  # strictly above
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_padding_holds_anything(place: Place, garbage: float) -> None:
+    inputs = tensors((2, 3, 30, 16), True, torch.float32, place.device)
+    mask = torch.ones(2, 30, dtype=torch.bool, device=place.device)
+    mask[0, 20:] = mask[1, 7] = False
+    clean = fp.pointer_decode(**inputs, mask=mask)
+    for name, x in inputs.items():
+        inputs[name] = x.masked_fill(~mask.unsqueeze(-1 if name in "qk" else 1), garbage)
+    assert all(map(torch.equal, clean, fp.pointer_decode(**inputs, mask=mask)))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "start", "end"])
+def test_nan_is_no_span(place: Place, name: str) -> None:
+    inputs = tensors((2, 3, 40, 16), True, torch.float32, place.device)
+    inputs[name][1, 2] = torch.nan
+    agree({**inputs, "tril_mask": False})
+
+
+def test_extreme_biases(place: Place) -> None:
+    inputs = tensors((2, 3, 40, 16), True, torch.float32, place.device)
+    inputs["start"][:, 0], inputs["end"][:, 1], inputs["start"][:, 2, ::3] = 1000.0, -1000.0, -torch.inf
+    agree(inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8)], ids=str)
+def test_nothing(place: Place, shape: tuple[int, int, int, int]) -> None:
+    for options in ({}, {"top_k": 3}, {"non_overlapping": True}):
+        spans, scores = fp.pointer_decode(**tensors(shape, True, torch.float32, place.device), **options)
+        assert (spans.shape, scores.shape) == ((0, 4), (0,))
+
+
+def test_strides_and_bitwise_repeatable(place: Place) -> None:
+    projection, biases = torch.randn(2, 20, 2, 3, 16), torch.randn(2, 20, 3, 2)
+    q, k = (projection[:, :, i].transpose(1, 2).to(place.device) for i in range(2))
+    start, end = (biases[..., i].transpose(1, 2).to(place.device) for i in range(2))
+    inputs = {"q": q, "k": k, "start": start, "end": end}
+    agree(inputs)
+    assert all(map(torch.equal, fp.pointer_decode(**inputs), fp.pointer_decode(**inputs)))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    B, H, N, D = (draw(st.integers(*bounds)) for bounds in ((1, 3), (1, 5), (1, 70), (1, 10)))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    return {
+        **tensors((B, H, N, 2 * D), draw(st.booleans()), torch.float32, "cpu", draw(st.booleans())),
+        "mask": draw(st.sampled_from([None, torch.rand(B, N) < 0.7])),
+        "rope": draw(st.booleans()),
+        "tril_mask": draw(st.booleans()),
+        "max_width": draw(st.sampled_from([None, 1, 5, 100])),
+    }
+
+
+@settings(max_examples=10 if INTERPRETED else 25, deadline=None)
+@given(inputs=problems(), threshold=st.sampled_from([-3.0, 0.0, 2.0]))
+def test_any_problem_agrees(place: Place, inputs: dict[str, Any], threshold: float) -> None:
+    agree({k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, threshold)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("top_k", [1, 3, 1000])
+def test_top_k_of_each_head(place: Place, top_k: int, shared: bool) -> None:
+    inputs = tensors((2, 3, 40, 16), shared, torch.float32, place.device)
+    spans, scores = fp.pointer_decode(**inputs, top_k=top_k)
+    every, of_every = fp.pointer_decode(**inputs)
+    expected = []
+    for b in range(2):
+        for h in range(3):
+            plane = ((every[:, 0] == b) & (every[:, 1] == h)).nonzero().squeeze(1)
+            best = of_every[plane].sort(descending=True, stable=True).indices[:top_k].sort().values
+            expected.append(every[plane[best]])
+    assert torch.equal(spans, torch.cat(expected))
+    assert torch.equal(spans, spans.unique(dim=0)) and len(scores) == len(spans)
+
+
+def test_of_equal_spans_the_first_are_best(place: Place) -> None:
+    q = torch.zeros(1, 40, 8, device=place.device)
+    ones = torch.ones(1, 1, 40, device=place.device)
+    spans, _ = fp.pointer_decode(q, q, ones, ones, top_k=3)
+    assert spans.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
+
+
+def test_max_spans_bounds_and_says_so(place: Place) -> None:
+    inputs = tensors((2, 3, 20, 8), True, torch.float32, place.device)
+    spans, scores = fp.pointer_decode(**inputs)
+    with pytest.warns(UserWarning, match=rf"pointer_decode: {len(spans)} spans are above the threshold 0; the first 7"):
+        some = fp.pointer_decode(**inputs, max_spans=7)
+    assert torch.equal(some[0], spans[:7]) and torch.equal(some[1], scores[:7])
+    assert torch.equal(fp.pointer_decode(**inputs, max_spans=len(spans))[0], spans)  # and no warning
+
+
+def test_non_overlapping_takes_the_best_first(place: Place) -> None:
+    inputs = tensors((3, 4, 40, 16), True, torch.float32, place.device)
+    every, of_every = fp.pointer_decode(**inputs)
+    free = torch.ones(3, 40, dtype=torch.bool)
+    expected = []
+    for i in of_every.sort(descending=True, stable=True).indices.tolist():
+        b, _, m, n = every[i].tolist()
+        if free[b, m : n + 1].all():
+            free[b, m : n + 1] = False
+            expected.append(i)
+    spans, scores = fp.pointer_decode(**inputs, non_overlapping=True)
+    assert torch.equal(spans, every[sorted(expected)])
+    assert torch.equal(scores, of_every[sorted(expected)])
+
+
+def test_in_a_compiled_model() -> None:
+    head = fp.nn.EfficientGlobalPointer(12, 3, 8)
+    hidden = torch.randn(2, 9, 12)
+    assert all(map(torch.equal, torch.compile(lambda x: head.decode(x + 1))(hidden), head.decode(hidden + 1)))
+
+
+@pytest.mark.parametrize("options", [{"max_spans": 1000}, {"top_k": 5}], ids=str)
+def test_memory_does_not_grow_with_what_is_found(options: dict[str, int]) -> None:
+    """An untrained model with millions of spans: the scores take 134 MB, their cells as many again."""
+    inputs = tensors((1, 32, 1024, 64), True, torch.float32, "cpu")
+    inputs["start"] += 2
+
+    def decode(**arguments: Any) -> torch.Tensor:
+        return fp.pointer_decode(**arguments)[1]
+
+    with pytest.warns(UserWarning) if "max_spans" in options else torch.no_grad():
+        assert peak(decode, {**inputs, **options}, (), "cpu") < 60e6
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+Q = torch.randn(2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"q": Q.long()}, TypeError, "q takes a floating-point tensor"),
+        ({"threshold": "0"}, ValueError, "threshold takes a number; got str '0'"),
+        ({"threshold": float("nan")}, ValueError, "threshold takes a number; got float nan"),
+        ({"top_k": 0}, ValueError, "top_k takes an int of at least 1, or None; got int 0"),
+        ({"max_spans": 2.0}, ValueError, "max_spans takes an int of at least 1, or None; got float 2.0"),
+        ({"non_overlapping": 1}, TypeError, "non_overlapping takes a bool; got int 1"),
+        ({"max_width": 0}, ValueError, "max_width takes an int of at least 1"),
+    ],
+)
+def test_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"pointer_decode: {message}"):
+        fp.pointer_decode(**{"q": Q, "k": Q, **arguments})
