@@ -12,6 +12,7 @@ from packaging.version import Version
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from flashpointer.kernels import (  # noqa: E402
+    pointer_decode,
     pointer_loss,
     pointer_scores,
     rotate,
@@ -177,3 +178,20 @@ def test_pointer_loss(chip: str, head_size: int, scores_dtype: torch.dtype, monk
     sweeps = [kernel for kernel in kernels if kernel.name.startswith("pointer_loss")]
     assert len(sweeps) == 3
     assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)
+
+
+@on_every_chip
+@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("head_size", [16, 64, 256])
+def test_pointer_decode(
+    chip: str, head_size: int, shared: bool, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts and writes in one kernel, whose first launch counts: nothing is found here, so there is no second."""
+    monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
+    q, k = torch.empty(2, 2, 1 if shared else 9, 128, head_size, dtype=scores_dtype)
+    start, end = torch.empty(2, 2, 9, 128, dtype=scores_dtype)
+    problem = Problem(torch.empty(2, 128, dtype=torch.bool), None, True, True, 30, 0.125)
+    _, kernel = compile_for(chip, lambda: pointer_decode.decode(q, k, start, end, 9, problem, 0.0, None))
+    assert kernel.name == "pointer_decode_kernel"
+    assert kernel.count(MATRIX[chip]) > 0

@@ -74,6 +74,10 @@ def run(
     return [value.detach(), *grads]
 
 
+# Below it float32, whose exponents end, loses digits one by one: what is smaller is compared as if it were this.
+_LEAST_EXACT = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+
+
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     """Norm of the difference over norm of the truth; inf unless infinities and NaNs stand in the same places."""
     x, truth = x.double(), truth.double()
@@ -83,7 +87,7 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
     if not torch.equal(x[~finite].nan_to_num(7.0), truth[~finite].nan_to_num(7.0)):
         return float("inf")
     difference, size = (x - truth)[finite].norm().item(), truth[finite].norm().item()
-    return float(difference / size if size > 0 else difference)
+    return float(difference / max(size, _LEAST_EXACT) if size > 0 else difference)
 
 
 def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -128,11 +128,8 @@ class _PointerHead(torch.nn.Module):
         Raises:
             TypeError, ValueError: for an argument of wrong type, shape, device or value.
         """
-        options = {"top_k": top_k, "non_overlapping": non_overlapping, "max_spans": max_spans}
-        found: tuple[torch.Tensor, torch.Tensor] = pointer_decode(
-            threshold=threshold, **options, **self._arguments(hidden, mask, positions)
-        )
-        return found
+        limits: dict[str, Any] = {"top_k": top_k, "non_overlapping": non_overlapping, "max_spans": max_spans}
+        return pointer_decode(threshold=threshold, **limits, **self._arguments(hidden, mask, positions))
 
     def extra_repr(self) -> str:
         return (

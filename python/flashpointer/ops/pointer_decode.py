@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_left
-from typing import Any
 
 import torch
 
 from .. import backends, reference
-from ..tiled import pointer_decode as tiled
 from . import _checks, _pointer
 
 OP = "pointer_decode"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph breaks here: how many spans is not known before
-@torch.no_grad()
 def pointer_decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -39,7 +35,7 @@ def pointer_decode(
 
     The scores are not stored, and few are computed: where a bound shows that a block of cells of a head has nothing
     above the threshold, it is skipped. Memory is linear in the length of a sentence and in the number of spans. On a
-    GPU it waits for the device once, to learn how many there are.
+    GPU it waits for the device once, to learn how many there are, and ``torch.compile`` breaks its graph for that.
 
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
@@ -72,21 +68,31 @@ def pointer_decode(
     if not isinstance(non_overlapping, bool):
         raise TypeError(f"{OP}: non_overlapping takes a bool; got {_checks.describe(non_overlapping)}")
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
-    dtype, length = q.dtype, q.shape[-2]
-    cells, scores, count = _cells(q, k, start, end, heads, problem, float(threshold), max_spans, top_k)
+    # A graph breaks here, for how many spans there are is not known before. A decorator would import the compiler.
+    decode = torch.compiler.disable(_decode) if torch.compiler.is_compiling() else _decode  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return decode(q, k, start, end, heads, problem, float(threshold), top_k, non_overlapping, max_spans)
+
+
+def _decode(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, heads: int,
+    problem: _pointer.Problem, threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    cells, scores, count = _cells(q, k, start, end, heads, problem, threshold, max_spans, top_k)
     if count > len(cells):
         warnings.warn(
             f"{OP}: {count:,} spans are above the threshold {threshold:g}; the first {max_spans:,} are returned, as "
             "max_spans asks. A higher threshold or top_k leaves fewer, and so does a model that has been trained.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    row = cells // max(1, length)
-    plane = row // max(1, length)
-    spans = torch.stack([plane // heads, plane % heads, row % max(1, length), cells % max(1, length)], dim=1)
+    length = max(1, q.shape[-2])
+    row = cells // length
+    plane = row // length
+    spans = torch.stack([plane // heads, plane % heads, row % length, cells % length], dim=1)
     if non_overlapping:
         kept = _greedy(spans, scores).to(spans.device)
         spans, scores = spans[kept], scores[kept]
-    return spans, scores.to(dtype)
+    return spans, scores.to(q.dtype)
 
 
 def _cells(
@@ -94,15 +100,14 @@ def _cells(
     problem: _pointer.Problem, threshold: float, max_spans: int | None, top_k: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
     backend = backends.choose(q)
-    with torch.autocast(q.device.type, enabled=False):
-        if backend == "reference":
-            return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
-        q, k = _pointer.per_head(q, k)
-        if backend == "tiled" or top_k is not None:  # which the tiles prune while they go
-            return tiled.decode(q, k, start, end, heads, problem, threshold, max_spans, top_k)
-        decode: Any = backends.implementation(OP, backend).decode
-        found: tuple[torch.Tensor, torch.Tensor, int] = decode(q, k, start, end, heads, problem, threshold, max_spans)
-        return found
+    if backend == "reference":
+        return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
+    q, k = _pointer.per_head(q, k)
+    if backend == "tiled" or top_k is not None:  # which the tiles prune while they go
+        decode = backends.implementation(OP, "tiled").decode
+        return decode(q, k, start, end, heads, problem, threshold, max_spans, top_k)  # type: ignore[no-any-return]
+    decode = backends.implementation(OP, backend).decode
+    return decode(q, k, start, end, heads, problem, threshold, max_spans)  # type: ignore[no-any-return]
 
 
 def _greedy(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -110,7 +115,7 @@ def _greedy(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     rows = spans.tolist()
     taken: dict[int, list[tuple[int, int]]] = {}
     kept = []
-    for i in scores.float().sort(descending=True, stable=True).indices.tolist():
+    for i in scores.sort(descending=True, stable=True).indices.tolist():
         sentence, _, first, last = rows[i]
         first, last = min(first, last), max(first, last)
         there = taken.setdefault(sentence, [])

@@ -46,7 +46,7 @@ def decode(
     length = q.shape[2]
     q, k = rotated(q, problem), rotated(k, problem)
     start, end = (_masked(bias, q, heads, problem) for bias in (start, end))
-    floor = q.new_full((q.shape[0] * heads,), threshold)
+    floor = torch.full((q.shape[0] * heads,), threshold, dtype=torch.float64, device=q.device).to(q.dtype)
     best: Found = torch.empty(0, dtype=torch.int64, device=q.device), q.new_empty(0)
     pending: list[Found] = []
     count = waiting = 0
