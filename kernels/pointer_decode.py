@@ -79,7 +79,7 @@ def pointer_decode_kernel(
                 n = n_first + tl.arange(0, BLOCK)
                 kept_n = load_kept(mask, n, length, stride_mn, HAS_MASK)
                 valid = valid_cells(m[:, None], n[None, :], kept_m[:, None], kept_n[None, :], max_width, TRIL, BANDED)
-                x = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION, BLOCK) * scale
+                x = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
                 x = tl.where(valid & (x == x), x, float("-inf"))
                 largest = tl.max(x)
                 some_kept_n = (some_heads < h_stop) & kept_n[None, :]

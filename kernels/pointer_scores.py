@@ -83,11 +83,9 @@ def may_be_valid(
 
 
 @triton.jit
-def tile_product(
-    q, k, m, n, length, SIZE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
-):
+def tile_product(q, k, m, n, length, SIZE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     """<q_m, k_n> of a tile, in float32; q, k [length, SIZE], turned."""
-    product = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    product = tl.zeros([m.shape[0], n.shape[0]], dtype=tl.float32)
     for first in range(0, SIZE, CHUNK):
         q_m = load_vectors(q, m, first, length, SIZE, CHUNK)
         k_n = load_vectors(k, n, first, length, SIZE, CHUNK)
@@ -122,7 +120,7 @@ def pointer_scores_kernel(
     plane = (b * own_heads + tl.minimum(h_first, own_heads - 1)) * length * SIZE
     product = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     if alive:
-        product = tile_product(q + plane, k + plane, m, n, length, SIZE, CHUNK, PRECISION, BLOCK) * scale
+        product = tile_product(q + plane, k + plane, m, n, length, SIZE, CHUNK, PRECISION) * scale
     for h in range(h_first, tl.minimum(h_first + HEADS, heads)):
         h = tl.cast(h, tl.int64)
         s_m = load_bias(start + b * stride_sb, kept_m, h, m, stride_sh, stride_sn, HAS_START)

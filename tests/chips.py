@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,13 +53,18 @@ class _NamedDriver:
         return 0
 
 
-class Compiled(NamedTuple):
+@dataclass(frozen=True)
+class Compiled:
     """A compiled kernel and what its compiler says of it."""
 
     name: str
     shared: int  # bytes
     spills: int  # bytes of local memory a thread; on AMD spilled vector registers as well
-    assembly: str
+    disassemble: Callable[[], str]  # which takes as long as compiling
+
+    @cached_property
+    def assembly(self) -> str:
+        return self.disassemble()
 
     def count(self, instruction: str) -> int:
         return len(re.findall(instruction, self.assembly))
@@ -90,10 +97,10 @@ def _report(kernel: Any) -> Compiled:
         text = kernel.asm["amdgcn"]
         # Scalar registers that do not suffice go to lanes of vector registers, not to memory, and are no spill here.
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
-        return Compiled(name, shared, spills, text)
-    usage, assembly = _cuobjdump(kernel.asm["cubin"], "--dump-resource-usage"), _cuobjdump(kernel.asm["cubin"], "-sass")
-    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-    return Compiled(name, shared, spills, assembly)
+        return Compiled(name, shared, spills, lambda: text)
+    cubin = kernel.asm["cubin"]
+    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", _cuobjdump(cubin, "--dump-resource-usage")))
+    return Compiled(name, shared, spills, lambda: _cuobjdump(cubin, "-sass"))
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
