@@ -39,6 +39,7 @@ from .pointer_scores import (
     load_vectors,
     masking,
     may_be_valid,
+    tile_product,
     valid_cells,
 )
 from .rotate import rotate, rotate_back_
@@ -206,17 +207,6 @@ def load_part(x, token, length, SIZE: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def products(x, y, i, j, length, SIZE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """<x_i, y_j>, CHUNK elements at a time: whole vectors, in the parts that tf32x3 takes, would fill the registers."""
-    product = tl.zeros([i.shape[0], j.shape[0]], dtype=tl.float32)
-    for first in range(0, SIZE, CHUNK):
-        x_i = load_vectors(x, i, first, length, SIZE, CHUNK)
-        y_j = load_vectors(y, j, first, length, SIZE, CHUNK)
-        product = tl.dot(x_i, tl.trans(y_j), acc=product, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
 def keep_valid(x, m, n, length, max_width, TRIL: tl.constexpr, BANDED: tl.constexpr):
     """x where triangle, band and length leave a cell, else -inf; m and n broadcast against each other."""
     return tl.where(valid_cells(m, n, m < length, n < length, max_width, TRIL, BANDED), x, float("-inf"))
@@ -230,7 +220,7 @@ def gathered_scores(
     PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Scores [GATHERED, BLOCK] of rows (h, m) with end tokens n, -inf in invalid cells."""
-    s = products(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
+    s = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
     kept_n = load_kept(mask, n, length, stride_mn, HAS_MASK)
     s += load_bias(start, live, h, m, stride_sh, stride_sn, HAS_START)[:, None]
     s += load_bias(end, kept_n[None, :], h[:, None], n[None, :], stride_eh, stride_en, HAS_END)
@@ -319,7 +309,7 @@ def pointer_loss_kernel(
     for n_first in range(0, length, BLOCK):
         if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
             n = n_first + tl.arange(0, BLOCK)
-            x = products(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
+            x = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
             x = keep_valid(x, m[:, None], n[None, :], length, max_width, TRIL, BANDED)
             new = tl.maximum(largest, tl.max(x, axis=1))
             p = tl.exp(x - safe(new)[:, None])
@@ -479,7 +469,7 @@ def pointer_loss_rows_kernel(
     for n_first in range(0, length, BLOCK):
         if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
             n = n_first + tl.arange(0, BLOCK)
-            x = products(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
+            x = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
             x = keep_valid(x, m[:, None], n[None, :], length, max_width, TRIL, BANDED)
             v = load_heads(values + of_group, h_first, heads, n, length, 0.0, HEADS)
             weights = tl.exp(x - pivot_m[:, None]) * tl.dot(a_m, tl.trans(operand(v, q)), input_precision=PRECISION)
@@ -596,7 +586,7 @@ def pointer_loss_columns_kernel(
         if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
             m = m_first + tl.arange(0, BLOCK)
             pivot_m = tl.load(pivots + m, mask=m < length, other=0.0)
-            x = products(k, q, n, m, length, SIZE, CHUNK, PRECISION) * scale
+            x = tile_product(k, q, n, m, length, SIZE, CHUNK, PRECISION) * scale
             x = keep_valid(x, m[None, :], n[:, None], length, max_width, TRIL, BANDED)
             p = tl.exp(x - pivot_m[None, :])
             a_m = operand(load_heads(a + of_group, h_first, heads, m, length, 0.0, HEADS), q)
