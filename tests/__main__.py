@@ -1,42 +1,57 @@
 """``python -m tests``: the whole suite, in two processes, for Triton either compiles or interprets in one process.
 
-Arguments go to both pytest runs. ``python -m tests --triton 3.6.0 3.8.0`` runs the compile-only tests instead, on each
-of these versions of Triton, downloaded beside the installed one.
+The interpreting one runs beside the other and prints when that is done. Arguments go to both pytest runs.
+``python -m tests --triton 3.6.0 3.8.0`` runs the compile-only tests instead, on each of these versions of Triton,
+downloaded beside the installed one.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
 NOTHING_SELECTED = 5
 
 
-def pytest(*arguments: str, **environment: str) -> int:
+def start(*arguments: str, stdout: IO[bytes] | None = None, **environment: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pytest", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False).returncode
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=stdout, stderr=stdout)
 
 
 def both_processes(arguments: list[str]) -> int:
-    codes = [pytest(*arguments, TRITON_INTERPRET="0"), pytest(*arguments, TRITON_INTERPRET="1")]
+    with TemporaryFile() as output:
+        interpreting = start(*arguments, stdout=output, TRITON_INTERPRET="1")
+        try:
+            codes = [start(*arguments, TRITON_INTERPRET="0").wait(), interpreting.wait()]
+        finally:
+            interpreting.kill()
+        output.seek(0)
+        print("\nWith Triton's interpreter", flush=True)
+        shutil.copyfileobj(output, sys.stdout.buffer)
+        sys.stdout.flush()
     if all(code == NOTHING_SELECTED for code in codes):
         return NOTHING_SELECTED
-    return max(code for code in codes if code != NOTHING_SELECTED)
+    # The first failure, and a signal is negative.
+    return next((code for code in codes if code not in (0, NOTHING_SELECTED)), 0)
 
 
 def compile_only(versions: list[str]) -> int:
-    worst = 0
+    failures = 0
     for version in versions:
         folder = ROOT / ".triton-versions" / version
         if not folder.exists():
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
             subprocess.run([*pip, f"triton=={version}"], check=True)
         print(f"\nTriton {version}", flush=True)
-        worst = max(worst, pytest("tests/test_compile_only.py", PYTHONPATH=str(folder), EXPECTED_TRITON=version))
-    return worst
+        run = start("tests/test_compile_only.py", PYTHONPATH=str(folder), EXPECTED_TRITON=version)
+        failures += run.wait() != 0
+    return failures
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=10 if INTERPRETED else 25, deadline=None)
+@settings(max_examples=5 if INTERPRETED else 25, deadline=None)
 @given(inputs=problems(), threshold=st.sampled_from([-3.0, 0.0, 2.0]))
 def test_any_problem_agrees(place: Place, inputs: dict[str, Any], threshold: float) -> None:
     agree({k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, threshold)

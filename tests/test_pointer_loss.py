@@ -47,9 +47,17 @@ def evaluate(inputs: dict[str, Any], upstream: torch.Tensor | None = None) -> li
 
 
 def agree(inputs: dict[str, Any], upstream: torch.Tensor | None = None, at_most: float | None = None) -> None:
-    """Of the loss and all gradients; at_most is a bound on the error besides."""
+    """Of the loss and all gradients; at_most is a bound on the error besides.
+
+    exp makes of the rounding of a score a relative error of its term. Eager's rounding of the few that count may by
+    chance be next to none, so that of the largest score is allowed as well.
+    """
+    options = {name: value for name, value in inputs.items() if name not in ("spans", "span_labels", "reduction")}
+    scores = fp.reference.pointer_scores(**options).detach()
+    largest = scores[scores.isfinite()].abs().amax().item() if scores.isfinite().any() else 0.0
+    rounding = torch.finfo(torch.float64 if scores.dtype == torch.float64 else torch.float32).eps * largest
     for result in compare("pointer_loss", inputs, differentiate=differentiable(inputs), upstream=upstream):
-        assert result.ok, result
+        assert result.error <= result.allowed + rounding, result
         assert at_most is None or result.error <= at_most, result
 
 
@@ -282,7 +290,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=10 if INTERPRETED else 40, deadline=None)
+@settings(max_examples=4 if INTERPRETED else 40, deadline=None)
 @given(inputs=problems())
 def test_any_problem_agrees(place: Place, inputs: dict[str, Any]) -> None:
     agree({k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import flashpointer as fp
 from flashpointer.agreement import compare, relative_error, run
 
-from .conftest import Place
+from .conftest import INTERPRETED, Place
 
 # (B, H, N, D): one token; less than a tile; several tiles, the last ragged; D no power of two; several chunks of D.
 SHAPES = [(1, 1, 1, 2), (2, 3, 5, 8), (2, 9, 70, 20), (1, 2, 33, 130)]
@@ -151,7 +151,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10 if INTERPRETED else 25, deadline=None)
 @given(inputs=problems())
 def test_any_shape_agrees(place: Place, inputs: dict[str, Any]) -> None:
     agree({k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})

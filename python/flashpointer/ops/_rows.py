@@ -22,8 +22,8 @@ def register(
 ) -> Any:
     """Registers ``flashpointer::<schema>`` for every device, and returns it.
 
-    This is the low-level interface of torch.library, at half the cost of a call of ``custom_op``: CONTRIBUTING.md has
-    the measured table.
+    This is the low-level interface of torch.library, at half the cost of a call of ``custom_op``: docs/performance.md
+    has the measured table.
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

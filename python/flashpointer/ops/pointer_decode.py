@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_left
+from typing import Any
 
 import torch
 
 from .. import backends, reference
-from . import _checks, _pointer
+from . import _checks, _pointer, _rows
 
 OP = "pointer_decode"
 
@@ -35,7 +36,8 @@ def pointer_decode(
 
     The scores are not stored, and few are computed: where a bound shows that a block of cells of a head has nothing
     above the threshold, it is skipped. Memory is linear in the length of a sentence and in the number of spans. On a
-    GPU it waits for the device once, to learn how many there are, and ``torch.compile`` breaks its graph for that.
+    GPU it waits for the device once, to learn how many there are, and ``torch.compile`` breaks its graph for that. A
+    graph of ``torch.export`` holds it as one op.
 
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
@@ -68,17 +70,24 @@ def pointer_decode(
     if not isinstance(non_overlapping, bool):
         raise TypeError(f"{OP}: non_overlapping takes a bool; got {_checks.describe(non_overlapping)}")
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
+    options = (float(threshold), top_k, non_overlapping, max_spans, backends.choose(q))
+    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export traces
+        q, k, start, end = (None if x is None else x.detach() for x in (q, k, start, end))  # type: ignore[assignment]
+        spans, scores = _op(q, k, start, end, *problem, heads, *options)
+        return spans, scores
     # A graph breaks here, for how many spans there are is not known before. A decorator would import the compiler.
     decode = torch.compiler.disable(_decode) if torch.compiler.is_compiling() else _decode  # type: ignore[no-untyped-call]
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return decode(q, k, start, end, heads, problem, float(threshold), top_k, non_overlapping, max_spans)
+    with torch.no_grad():
+        return decode(q, k, start, end, heads, problem, *options)
 
 
 def _decode(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, heads: int,
     problem: _pointer.Problem, threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    cells, scores, count = _cells(q, k, start, end, heads, problem, threshold, max_spans, top_k)
+    with torch.autocast(q.device.type, enabled=False):
+        cells, scores, count = _cells(q, k, start, end, heads, problem, threshold, max_spans, top_k, backend)
     if count > len(cells):
         warnings.warn(
             f"{OP}: {count:,} spans are above the threshold {threshold:g}; the first {max_spans:,} are returned, as "
@@ -97,9 +106,8 @@ def _decode(
 
 def _cells(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, heads: int,
-    problem: _pointer.Problem, threshold: float, max_spans: int | None, top_k: int | None,
+    problem: _pointer.Problem, threshold: float, max_spans: int | None, top_k: int | None, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
-    backend = backends.choose(q)
     if backend == "reference":
         return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
     q, k = _pointer.per_head(q, k)
@@ -125,3 +133,29 @@ def _greedy(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         there.insert(place, (first, last))
         kept.append(i)
     return torch.tensor(sorted(kept), dtype=torch.int64)
+
+
+# --- registration, for torch.export ----------------------------------------------------------------------------------
+
+
+def _compute(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, mask: torch.Tensor | None,
+    positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None, scale: float, heads: int,
+    threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
+    return _decode(q, k, start, end, heads, problem, threshold, top_k, non_overlapping, max_spans, backend)
+
+
+def _fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return q.new_empty((count, 4), dtype=torch.int64), q.new_empty(count)
+
+
+_op = _rows.register(
+    "pointer_decode(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor? mask, Tensor? positions, bool rope,"
+    " bool tril_mask, int? max_width, float scale, SymInt heads, float threshold, int? top_k, bool non_overlapping,"
+    " int? max_spans, str backend) -> (Tensor spans, Tensor scores)",
+    _compute,
+    _fake,
+)

@@ -13,18 +13,12 @@ from ..ops._pointer import Problem
 from ._tiles import computing_dtype
 
 
-def kept(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """x [B, heads, N] or [B, heads, N, D] with 0 for the tokens that the mask drops."""
-    if problem.mask is None:
-        return x
-    dropped = ~problem.mask.unsqueeze(1)
-    return x.masked_fill(dropped if x.dim() == 3 else dropped.unsqueeze(-1), 0.0)
-
-
 def rotated(x: torch.Tensor, problem: Problem) -> torch.Tensor:
     """x [B, heads, N, D] in the computing dtype, turned. 0 for tokens that the mask drops: what they hold must not
     reach a product with the zeros of their gradient."""
-    x = kept(x, problem).to(computing_dtype(x.dtype))
+    if problem.mask is not None:
+        x = x.masked_fill(~problem.mask[:, None, :, None], 0.0)
+    x = x.to(computing_dtype(x.dtype))
     return _turned(x, _directions(x, problem)) if problem.rope else x
 
 

@@ -17,9 +17,9 @@ import torch
 from torch.nn.functional import pad
 
 from ..ops._pointer import Problem
+from ._cells import penalties, tiles
 from ._rotary import rotated
 from ._tiles import TILE
-from .pointer_scores import invalid_cells
 
 # Tokens to the side of a block: few enough blocks to compare the bounds of all, for every head.
 BLOCK = 32
@@ -89,10 +89,12 @@ def _found(
     start, end = (x.view(groups, heads, width // BLOCK, BLOCK) for x in (start, end))
     most_start, most_end = start.amax(-1), end.amax(-1)
     floor = floor.view(groups, heads)
-    for g, r, c, penalty in _tiles(groups, width, problem, q):
+    height = max(BLOCK, min(HEIGHT, TILE // width // BLOCK * BLOCK))
+    for g, r, c, corner in tiles(groups, width, problem, q, penalties, height=height, cells=TILE, multiple=BLOCK):
         rows, columns = (slice(s.start // BLOCK, s.stop // BLOCK) for s in (r, c))
         x = torch.bmm(q[g, r], k[g, c].mT).mul_(problem.scale)
-        x[..., : penalty.shape[1]] += penalty
+        if corner is not None:
+            x[..., : corner.shape[1]] += corner
         x = x.view(len(x), rows.stop - rows.start, BLOCK, columns.stop - columns.start, BLOCK)
         of_columns, of_blocks = _largest(x)
         if of_blocks.isnan().any():
@@ -110,24 +112,6 @@ def _found(
                 of, n = of[here], n[here]
                 plane, m_token, n_token = group[of] * heads + h[of], first[of] * BLOCK + m, last[of] * BLOCK + n
                 yield (plane * length + m_token) * length + n_token, scores[here, m]
-
-
-def _tiles(
-    groups: int, width: int, problem: Problem, like: torch.Tensor
-) -> Iterator[tuple[slice, slice, slice, torch.Tensor]]:
-    """(groups, start tokens, end tokens, -inf in invalid cells of the first columns and 0 in others), of about TILE
-    cells, by triangle and band alone: the mask is in the biases."""
-    height = max(BLOCK, min(HEIGHT, TILE // max(1, width) // BLOCK * BLOCK))
-    for first in range(0, width, height):
-        r = slice(first, min(first + height, width))
-        stop = width if problem.max_width is None else min(width, r.stop - 1 + problem.max_width)
-        c = slice(first if problem.tril_mask else 0, stop + -stop % BLOCK)
-        corner = slice(c.start, r.stop if problem.max_width is None else c.stop)
-        invalid = invalid_cells(r, corner, problem, like.device)
-        penalty = like.new_zeros(invalid.shape).masked_fill_(invalid, -torch.inf)
-        depth = max(1, TILE // ((r.stop - r.start) * (c.stop - c.start)))
-        for g in range(0, groups, depth):
-            yield slice(g, min(g + depth, groups)), r, c, penalty
 
 
 def _largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

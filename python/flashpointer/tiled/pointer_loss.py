@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import softplus
 
+from ._cells import Tile, factors, tiles
 from ._rotary import rotated, rotated_back
 from ._tiles import TILE
-from .pointer_scores import invalid_cells
 
 # A term that underflows in a row of this bound is e^37 times smaller than the 1 inside the logarithm.
 SAFE_BOUND = 50.0
@@ -156,35 +156,10 @@ def _by_group(saved: Saved) -> Saved:
     )
 
 
-def _tiles(group: Saved, problem: Any) -> Iterator[tuple[slice, slice, slice, torch.Tensor | None]]:
-    """(groups, start tokens, end tokens, which of the first columns are valid: 1 or 0, or None for all), of about TILE
-    cells, and none that lies in padding: the mask is in exponents and values, the tile knows triangle and band."""
+def _tiles(group: Saved, problem: Any) -> Iterator[Tile]:
+    """By triangle and band alone: the mask is in exponents and values."""
     groups, length, _ = group.q.shape
-    extents = [length] * groups
-    if problem.mask is not None and problem.mask.device.type == "cpu":  # elsewhere to look is to wait
-        last = (problem.mask * torch.arange(1, length + 1)).amax(1).repeat_interleave(groups // len(problem.mask))
-        extents = last.tolist()
-    height = 64 if length < 512 else 128
-    banded = problem.max_width is not None
-    corner = _corner(slice(0, height), slice(0, height), problem, group.q)
-    for first in range(0, length, height):
-        last_row = min(first + height, length) - 1
-        c_first = first if problem.tril_mask else 0
-        c_stop = min(length, last_row + problem.max_width) if banded else length
-        if banded:
-            corner = _corner(slice(first, last_row + 1), slice(c_first, c_stop), problem, group.q)
-        depth = max(1, TILE // ((last_row + 1 - first) * (c_stop - c_first)))
-        for g in (slice(g, min(g + depth, groups)) for g in range(0, groups, depth)):
-            extent = max(extents[g])
-            if extent > first:
-                r, c = slice(first, min(last_row + 1, extent)), slice(c_first, min(c_stop, extent))
-                yield g, r, c, None if corner is None else corner[: r.stop - r.start, : c.stop - c.start]
-
-
-def _corner(r: slice, c: slice, problem: Any, like: torch.Tensor) -> torch.Tensor | None:
-    if problem.max_width is not None:
-        return (~invalid_cells(r, c, problem, like.device)).to(like)
-    return (~invalid_cells(r, r, problem, like.device)).to(like) if problem.tril_mask else None
+    return tiles(groups, length, problem, group.q, factors, height=64 if length < 512 else 128, cells=TILE)
 
 
 def _exp(p: torch.Tensor, corner: torch.Tensor | None) -> torch.Tensor:
