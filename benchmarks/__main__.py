@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import growth, overhead, report
-from .measure import PASSES, OtherProcesses, measure, measure_ceilings
+from . import gpu, report
+from .measure import OtherProcesses, measure, measure_ceilings
 from .suite import cases, ops
 
 # Of the table: a pipe has no width of its own.
@@ -22,16 +20,34 @@ def main() -> int:
     known = ops()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the ops beside their rivals.")
     parser.add_argument(
-        "tool", nargs="?", choices=("sweep", "growth", "overhead"), default="sweep", help="default: sweep"
+        "tool",
+        nargs="?",
+        choices=("sweep", "growth", "overhead", "gpu", "readme"),
+        default="sweep",
+        help="default: sweep",
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, one dtype, under two minutes")
     parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="NAME", help="default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "local", metavar="DIR")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of the gpu pass, in all; default: 9.5")
     arguments = parser.parse_args()
+    if arguments.tool == "gpu":
+        chosen = [known[name] for name in arguments.op]
+        return gpu.main(arguments.out, torch.device(arguments.device), arguments.minutes, arguments.quick, chosen)
+
+    # Here, because the pass on a GPU does without their packages where it must.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import growth, overhead, pages
+
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if arguments.tool == "overhead":
         console.print(overhead.table())
+        return 0
+    if arguments.tool == "readme":
+        pages.README.write_text(pages.filled(pages.README.read_text("utf-8"), pages.tables()), "utf-8")
         return 0
 
     others = OtherProcesses()
@@ -47,7 +63,7 @@ def main() -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Not refreshed of itself: that is a thread, which would draw beside what is timed.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("ceilings", total=1 + len(todo) * (1 + len(PASSES)))
+        task = progress.add_task("ceilings", total=1 + sum(1 + len(case.passes()) for case in todo))
         ceilings = measure_ceilings(device, {case.dtype for case in todo}, seconds)
 
         def announce(stage: str) -> None:

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch._inductor import config as inductor_config
 
-from flashpointer.agreement import Agreement, compare
+from flashpointer.agreement import Agreement
 
 from .suite import Case, Contender, Inputs
 
 T = TypeVar("T")
 Run = Callable[[int], object]  # one repetition, given its number
 
-PASSES = {"forward + backward": True, "forward": False}  # with backward?
 
 ROUNDS = 5
 MOST_REPETITIONS = 1000  # in a round
@@ -36,6 +34,8 @@ USUAL_CACHE = 1 << 26
 MOST_SETS = 128
 # A pass that need take no longer than this is timed without its launches too: inside a CUDA graph.
 LAUNCH_BOUND = 100e-6
+# Of an op on one number, to learn what a launch takes.
+LAUNCHES = 1000
 
 
 class Failure(str):
@@ -96,10 +96,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second of a large copy, read and written; FLOP a second of a large matrix product."""
+    """What the machine can do at its best, a second or in seconds."""
 
-    bandwidth: float
-    matrix: dict[torch.dtype, float]
+    bandwidth: float  # bytes of a large copy, read and written
+    matrix: dict[torch.dtype, float]  # FLOP of a large matrix product
+    write: float  # bytes of a large fill
+    tf32: float | None  # FLOP of the float32 product on tensor cores
+    launch: float  # seconds of an op on one number
+    launch_in_graph: float | None  # the same as a node of a CUDA graph
 
     def floor(self, size: int, flops: float, dtype: torch.dtype) -> float:
         """The seconds below which no implementation can come."""
@@ -110,35 +114,64 @@ def measure_ceilings(device: torch.device, dtypes: set[torch.dtype], seconds: fl
     source = torch.rand(1 << 26, device=device)  # 256 MiB
     target = torch.empty_like(source)
     n = 8192 if device.type == "cuda" else 2048
-    runs: dict[str, Run] = {"copy": lambda _: target.copy_(source)}
+    runs: dict[str, Run] = {"copy": lambda _: target.copy_(source), "write": lambda _: target.fill_(1.0)}
     for dtype in dtypes:
         square = torch.rand((n, n), device=device).to(dtype)
         runs[str(dtype)] = lambda _, x=square: x @ x  # type: ignore[misc]
+    number = torch.zeros(1, device=device)
+    launches: dict[str, Run] = {"launch": lambda _: [number.add_(1.0) for _ in range(LAUNCHES)]}
+    if device.type == "cuda":
+        singles = torch.rand((n, n), device=device)
+        runs["tf32"] = lambda _: tf32_product(singles)
+        launches["launch in a graph"] = replay_of(lambda _: number.add_(1.0), LAUNCHES)
+    timed = interleave(runs, device, seconds) | interleave(launches, device, seconds, LAUNCHES)
     # What the machine can do at its best, so the quick repetitions: noise only ever lowers a ceiling.
-    took = {name: time.low for name, time in interleave(runs, device, seconds).items() if isinstance(time, Timing)}
-    return Ceilings(2 * source.nbytes / took["copy"], {dtype: 2 * n**3 / took[str(dtype)] for dtype in dtypes})
+    took = {name: time.low for name, time in timed.items() if isinstance(time, Timing)}
+    return Ceilings(
+        bandwidth=2 * source.nbytes / took["copy"],
+        matrix={dtype: 2 * n**3 / took[str(dtype)] for dtype in dtypes},
+        write=target.nbytes / took["write"],
+        tf32=2 * n**3 / took["tf32"] if "tf32" in took else None,
+        launch=took["launch"],
+        launch_in_graph=took.get("launch in a graph"),
+    )
+
+
+def tf32_product(x: torch.Tensor) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    x @ x
+    torch.set_float32_matmul_precision(before)
 
 
 def measure(case: Case, ceilings: Ceilings, seconds: float, announce: Callable[[str], None]) -> Result:
     """Checks the case, then measures its contenders side by side, each for so many seconds in each pass."""
     announce(f"{case}: agreement")
-    agreement = attempt(lambda: compare(case.op.name, case.inputs(), differentiate=case.op.differentiate))
-    result = Result(case, agreement, {}, {})
-    # Else what was compiled for other cases counts towards the limit of recompilations.
-    torch._dynamo.reset()
-    # In this process: a pool of compilers would wake up beside what is timed.
-    inductor_config.compile_threads = 1
-    contenders = case.contenders()
+    result = Result(case, attempt(case.agreement), {}, {})
+    contenders = fresh_contenders(case)
     sets = input_sets(case)
-    for name, backward in PASSES.items():
+    for name, backward in case.passes().items():
         announce(f"{case}: {name}")
         size, flops = case.least_bytes(sets[0], backward), case.op.matrix_flops(sets[0], backward)
         result.floors[name] = ceilings.floor(size, flops, case.dtype)
         if result.agrees:
-            runs = {k: run_of(c, sets, case.op.differentiate if backward else ()) for k, c in contenders.items()}
-            in_graph = len(sets) if case.device.type == "cuda" and result.floors[name] < LAUNCH_BOUND else 0
-            result.passes[name] = measure_runs(runs, case.device, seconds, in_graph)
+            wanted = case.op.differentiate if backward else ()
+            made = {k: attempt(run_of, c, sets, wanted) for k, c in contenders.items()}
+            runs = {k: run for k, run in made.items() if not isinstance(run, Failure)}
+            # Not of a decoder: it waits for the host, which a graph cannot.
+            capturable = case.device.type == "cuda" and bool(case.op.differentiate)
+            in_graph = len(sets) if capturable and result.floors[name] < LAUNCH_BOUND else 0
+            failed = {k: Measurement(why) for k, why in made.items() if isinstance(why, Failure)}
+            result.passes[name] = failed | measure_runs(runs, case.device, seconds, in_graph)
     return result
+
+
+def fresh_contenders(case: Case) -> dict[str, Contender]:
+    # Else what was compiled for other cases counts towards the limit of recompilations.
+    torch._dynamo.reset()
+    # In this process: a pool of compilers would wake up beside what is timed.
+    inductor_config.compile_threads = 1
+    return case.contenders()
 
 
 def input_sets(case: Case) -> list[Inputs]:
@@ -286,9 +319,11 @@ class OtherProcesses:
     def share(self) -> float:
         """Of the CPU's time since the start."""
         taken, passed = (now - start for now, start in zip(self._seconds(), self._start, strict=True))
-        return max(0.0, taken / (passed * psutil.cpu_count()))
+        return max(0.0, taken / (passed * (os.cpu_count() or 1)))
 
     def _seconds(self) -> tuple[float, float]:
+        import psutil  # here, because the pass on a GPU does without it where it must
+
         machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
         own_and_children = own.user + own.system + own.children_user + own.children_system
         return machine.user + machine.system - own_and_children, time.monotonic()

@@ -10,20 +10,20 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
-from rich import box
-from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 
-from .measure import PASSES, Ceilings, Failure, Measurement, Result, Timing
-from .suite import dtype_name
+from flashpointer.agreement import Agreement
+
+from .measure import Ceilings, Failure, Measurement, Result, Timing
+from .suite import Case, dtype_name, ops
+
+# Imported where they are used: the numbers need neither.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
 
 COLOURS = {"eager": "#9aa5b1", "compile": "#4c78a8", "rival": "#e3a857", "ours": "#c8344f"}
 OTHERS = ("eager", "compile", "rival")
@@ -40,13 +40,13 @@ above 100 % where a cache holds them. Peak memory: the most that was allocated a
 # --- conditions ----------------------------------------------------------------------------------------------------
 
 
-def conditions(device: torch.device, taken: float) -> dict[str, str]:
+def conditions(device: torch.device, taken: float | None) -> dict[str, str]:
     """What the numbers depend on besides the code; ``taken`` is the share of the CPU that other processes took."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
-        "other processes": f"took {taken:.0%} of the CPU meanwhile",
+        "other processes": "not watched" if taken is None else f"took {taken:.0%} of the CPU meanwhile",
         "torch": torch.__version__,
         "triton": triton_version(),
         "python": platform.python_version(),
@@ -89,8 +89,11 @@ def short(value: float) -> str:
 
 def table(results: list[Result], header: dict[str, str], ceilings: Ceilings) -> RenderableType:
     """The conditions, all cases, and what their reader must know."""
-    matrix = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype_name(dtype)}" for dtype, rate in ceilings.matrix.items())
-    header = {**header, "copy": f"{ceilings.bandwidth / 1e9:.1f} GB/s, read and written", "matrix product": matrix}
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    header = header | ceilings_said(ceilings)
     top = Table.grid(padding=(0, 2))
     for key, value in header.items():
         top.add_row(f"[dim]{key}[/]", value)
@@ -107,6 +110,19 @@ def table(results: list[Result], header: dict[str, str], ceilings: Ceilings) -> 
 
     rivals = {r.case.op.name: f"rival of {r.case.op.name}: {rival_name(r)}" for r in results}
     return Group(top, body, *failures(results), *rivals.values(), f"[dim]{HOW_TO_READ}[/]")
+
+
+def ceilings_said(ceilings: Ceilings) -> dict[str, str]:
+    rates = {dtype_name(dtype): rate for dtype, rate in ceilings.matrix.items()}
+    rates |= {} if ceilings.tf32 is None else {"tf32": ceilings.tf32}
+    in_graph = ceilings.launch_in_graph
+    return {
+        "copy": f"{ceilings.bandwidth / 1e9:.1f} GB/s, read and written",
+        "fill": f"{ceilings.write / 1e9:.1f} GB/s, written",
+        "matrix product": ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in rates.items()),
+        "launch": scaled(ceilings.launch, SECONDS)
+        + ("" if in_graph is None else f", {scaled(in_graph, SECONDS)} in a CUDA graph"),
+    }
 
 
 def case_lines(result: Result) -> list[list[str]]:
@@ -127,6 +143,8 @@ def case_lines(result: Result) -> list[list[str]]:
 
 
 def cell(measurement: Measurement, what: str) -> str:
+    from rich.markup import escape
+
     value = getattr(measurement, what)
     if isinstance(value, Failure):
         return f"[yellow]{escape(value.partition(':')[0])}[/]"
@@ -141,6 +159,8 @@ def rival_name(result: Result) -> str:
 
 def failures(results: list[Result]) -> list[str]:
     """The checks that failed and what the contenders raised, in full."""
+    from rich.markup import escape
+
     said = []
     for result in results:
         if isinstance(result.agreement, Failure):
@@ -161,14 +181,36 @@ def record(results: list[Result], header: dict[str, str], ceilings: Ceilings) ->
     """Everything, in seconds and bytes."""
     return {
         "conditions": header,
-        "bytes_per_second": ceilings.bandwidth,
-        "flop_per_second": {dtype_name(dtype): rate for dtype, rate in ceilings.matrix.items()},
+        **ceilings_record(ceilings),
         "cases": [case_record(result) for result in results],
     }
 
 
+def ceilings_record(ceilings: Ceilings) -> dict[str, Any]:
+    return {
+        "bytes_per_second": ceilings.bandwidth,
+        "bytes_written_per_second": ceilings.write,
+        "flop_per_second": {dtype_name(dtype): rate for dtype, rate in ceilings.matrix.items()},
+        "tf32_flop_per_second": ceilings.tf32,
+        "seconds_of_a_launch": ceilings.launch,
+        "seconds_of_a_launch_in_a_graph": ceilings.launch_in_graph,
+    }
+
+
+def ceilings_of(record: dict[str, Any]) -> Ceilings:
+    """The inverse."""
+    return Ceilings(
+        bandwidth=record["bytes_per_second"],
+        matrix={getattr(torch, name): rate for name, rate in record["flop_per_second"].items()},
+        write=record["bytes_written_per_second"],
+        tf32=record["tf32_flop_per_second"],
+        launch=record["seconds_of_a_launch"],
+        launch_in_graph=record["seconds_of_a_launch_in_a_graph"],
+    )
+
+
 def case_record(result: Result) -> dict[str, Any]:
-    case, agreement = result.case, result.agreement
+    case = result.case
     return {
         "op": case.op.name,
         "size": case.shape.size,
@@ -176,7 +218,7 @@ def case_record(result: Result) -> dict[str, Any]:
         "dtype": dtype_name(case.dtype),
         "rival": rival_name(result),
         "agrees": result.agrees,
-        "agreement": agreement if isinstance(agreement, Failure) else [{**a._asdict(), "ok": a.ok} for a in agreement],
+        "agreement": agreement_record(result.agreement),
         "passes": {
             name: {
                 "seconds_at_ceiling": result.floors[name],
@@ -192,27 +234,75 @@ def case_record(result: Result) -> dict[str, Any]:
     }
 
 
+def case_of(record: dict[str, Any], device: torch.device) -> Case:
+    """The declared case that has the record's op, size and dtype."""
+    op, size = ops()[record["op"]], tuple(record["size"])
+    shape = next(shape for shape in op.shapes if shape.size == size)
+    return Case(op, shape, getattr(torch, record["dtype"]), device)
+
+
+def result_of(record: dict[str, Any], device: torch.device) -> Result:
+    """The inverse of ``case_record``."""
+    passes = record["passes"]
+    return Result(
+        case_of(record, device),
+        agreement_of(record["agreement"]),
+        {name: {c: measurement_of(m) for c, m in of["contenders"].items()} for name, of in passes.items()},
+        {name: of["seconds_at_ceiling"] for name, of in passes.items()},
+    )
+
+
+def agreement_record(agreement: list[Agreement] | Failure) -> Any:
+    return agreement if isinstance(agreement, Failure) else [{**a._asdict(), "ok": a.ok} for a in agreement]
+
+
+def agreement_of(record: Any) -> list[Agreement] | Failure:
+    if isinstance(record, str):
+        return Failure(record)
+    return [Agreement(*(a[field] for field in Agreement._fields)) for a in record]
+
+
+def measurement_of(record: dict[str, Any]) -> Measurement:
+    def value(x: Any) -> Any:
+        return Timing(**x) if isinstance(x, dict) else Failure(x) if isinstance(x, str) else x
+
+    return Measurement(**{what: value(x) for what, x in record.items()})
+
+
 def write(out: Path, results: list[Result], header: dict[str, str], ceilings: Ceilings) -> list[Path]:
     """results.json, and a plot for each op and dtype of which anything was measured."""
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / "results.json"]
-    files[0].write_text(json.dumps(record(results, header, ceilings), indent=1) + "\n")
-    plots: dict[str, list[Result]] = {}
-    for result in results:
-        if result.agrees:
-            plots.setdefault(f"{result.case.op.name}-{dtype_name(result.case.dtype)}.png", []).append(result)
-    for file, of_plot in plots.items():
-        figure(of_plot, header).savefig(out / file, dpi=150)
-        files.append(out / file)
+    files = [write_json(out, results, header, ceilings)]
+    for name, of_plot in plots(results).items():
+        files.append(out / f"{name}.png")
+        figure(of_plot, header).savefig(files[-1], dpi=150)
     return files
+
+
+def write_json(out: Path, results: list[Result], header: dict[str, str], ceilings: Ceilings) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.json"
+    file.write_text(json.dumps(record(results, header, ceilings), indent=1) + "\n")
+    return file
 
 
 # --- plots ---------------------------------------------------------------------------------------------------------
 
 
+def plots(results: list[Result]) -> dict[str, list[Result]]:
+    """What a plot shows, by op and dtype."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        if result.agrees:
+            found.setdefault(f"{result.case.op.name}-{dtype_name(result.case.dtype)}", []).append(result)
+    return found
+
+
 def figure(results: list[Result], header: dict[str, str]) -> Figure:
     """Time above, peak memory below, of forward + backward at each shape of an op in a dtype."""
-    name, case = next(iter(PASSES)), results[0].case
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    name, case = next(iter(results[0].passes)), results[0].case
     canvas = Figure(figsize=(max(8, 1 + 2 * len(results)), 8), layout="constrained")
     canvas.suptitle(f"{case.op.name}, {dtype_name(case.dtype)}, {header['device']}", weight="bold", size=13)
     time, memory = canvas.subplots(2, 1)
@@ -234,6 +324,8 @@ def figure(results: list[Result], header: dict[str, str]) -> Figure:
 
 def bars(axes: Axes, results: list[Result], name: str, what: str, units: Sequence[tuple[float, str]]) -> None:
     """A group of bars for each result, on a log scale that starts below the lowest."""
+    from matplotlib.ticker import NullFormatter
+
     width = 0.8 / len(COLOURS)
     tops = []
     for i, (contender, colour) in enumerate(COLOURS.items()):

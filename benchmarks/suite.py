@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import flashpointer
+from flashpointer.agreement import Agreement, compare
 
 Inputs = dict[str, torch.Tensor]
 Loss = Callable[..., torch.Tensor]
+PASSES = {"forward + backward": True, "forward": False}  # with backward?
 
 # The first is the one that counts: what the device is trained in. The others are for the full sweep.
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float32)}
@@ -39,17 +42,19 @@ class Op:
     quick: tuple[tuple[int, ...], ...]  # the sizes of --quick
     make_inputs: Callable[[tuple[int, ...], torch.dtype, torch.device], Inputs]  # random, by argument name
     differentiate: tuple[str, ...]
-    rival: Loss
+    rival: Callable[..., object]
     rival_inputs: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what the rival takes in their place
     # of a size, the numbers that the op returns: written in forward, and their gradients read in backward
     outputs: Callable[[tuple[int, ...]], int] = lambda size: 1
     # (inputs, with backward?) of the matrix products that no implementation can do without: none if bound by memory
     matrix_flops: Callable[[Inputs, bool], float] = lambda inputs, backward: 0.0
+    eager: Loss | None = None  # the formula, where it is not the reference of the op's name
+    agreement: Callable[[Inputs], list[Agreement]] | None = None  # where it is not a matter of numbers alone
 
 
 @dataclass(frozen=True)
 class Contender:
-    function: Loss
+    function: Callable[..., Any]
     inputs: Callable[[Inputs], Inputs] = lambda inputs: inputs
 
 
@@ -65,16 +70,24 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op.name} {self.shape} {dtype_name(self.dtype)}"
 
+    def passes(self) -> dict[str, bool]:
+        return {name: backward for name, backward in PASSES.items() if self.op.differentiate or not backward}
+
     def inputs(self) -> Inputs:
         inputs = self.op.make_inputs(self.shape.size, self.dtype, self.device)
         return {k: v.requires_grad_() if k in self.op.differentiate else v for k, v in inputs.items()}
 
+    def agreement(self) -> list[Agreement]:
+        if self.op.agreement is not None:
+            return self.op.agreement(self.inputs())
+        return compare(self.op.name, self.inputs(), differentiate=self.op.differentiate)
+
     def contenders(self) -> dict[str, Contender]:
-        eager = getattr(flashpointer.reference, self.op.name)
+        eager = self.op.eager or getattr(flashpointer.reference, self.op.name)
         return {
             "eager": Contender(eager),
-            # fullgraph and static shapes: an error rather than a half-compiled contender, and its best case.
-            "compile": Contender(torch.compile(eager, fullgraph=True, dynamic=False)),
+            # Static shapes are its best case. A half-compiled loss is an error; a decoder cannot be one graph.
+            "compile": Contender(torch.compile(eager, fullgraph=bool(self.op.differentiate), dynamic=False)),
             "rival": Contender(self.op.rival, self.op.rival_inputs),
             "ours": Contender(getattr(flashpointer, self.op.name)),
         }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from flashpointer.agreement import Agreement, compare
+from flashpointer.agreement import Agreement
 
 from .measure import run_of
 from .suite import Case, cases, ops
@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @cache
 def agreement(case: Case) -> list[Agreement]:
-    return compare(case.op.name, case.inputs(), differentiate=case.op.differentiate)
+    return case.agreement()
 
 
 @pytest.mark.benchmark(min_rounds=3, max_time=0.2, warmup=True, warmup_iterations=3)

@@ -25,10 +25,13 @@ def start(*arguments: str, stdout: IO[bytes] | None = None, **environment: str) 
 
 
 def both_processes(arguments: list[str]) -> int:
+    # Half of the cores each: a parallel loop waits long for a thread whose core another process has.
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     with TemporaryFile() as output:
-        interpreting = start(*arguments, stdout=output, TRITON_INTERPRET="1")
+        interpreting = start(*arguments, stdout=output, TRITON_INTERPRET="1", OMP_NUM_THREADS=threads)
         try:
-            codes = [start(*arguments, TRITON_INTERPRET="0").wait(), interpreting.wait()]
+            compiling = start(*arguments, TRITON_INTERPRET="0", OMP_NUM_THREADS=threads)
+            codes = [compiling.wait(), interpreting.wait()]
         finally:
             interpreting.kill()
         output.seek(0)

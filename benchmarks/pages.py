@@ -1,0 +1,86 @@
+"""Tables on pages, between two comments, ``<!-- name -->`` and ``<!-- /name -->``, written from the committed results.
+
+``python -m benchmarks readme`` writes those of README.md, and a test holds that page and files agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import BYTES, SECONDS, scaled
+
+README = Path(__file__).parent.parent / "README.md"
+RESULTS = Path(__file__).parent / "results" / "cpu-amd-epyc-2-cores"
+UNITS = {"time": SECONDS, "peak": BYTES}
+TIMES = {"eager": "eager", "compile": "`torch.compile`", "rival": "", "ours": "ours"}
+SPANS = {
+    "16 x 10 x 64": (16, 10, 1, 64, 64),
+    "8 x 10 x 256": (8, 10, 1, 256, 64),
+    "2 x 50 x 512": (2, 50, 1, 512, 64),
+    "1 x 100 x 1,024": (1, 100, 1, 1024, 64),
+    "16 x 9 x 128, own q and k": (16, 9, 9, 128, 64),
+}
+DECODED = {name: SPANS[name] for name in ("8 x 10 x 256", "2 x 50 x 512", "1 x 100 x 1,024")}
+CLASSES = {f"{rows:,} x {n:,}": (rows, n) for rows, n in ((1024, 983), (256, 30938), (8, 1000000), (2048, 8192))}
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """The page with these tables, by their names."""
+    for name, text in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"no {begin} ... {end}")
+        page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    return page
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def measured() -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The contenders of all committed cases, by op and size."""
+    cases = [case for file in RESULTS.rglob("results.json") for case in json.loads(file.read_text())["cases"]]
+    return {(case["op"], *case["size"]): next(iter(case["passes"].values()))["contenders"] for case in cases}
+
+
+def said(contenders: dict[str, Any], contender: str, what: str) -> str:
+    value = contenders[contender][what]
+    return scaled(value["median"] if what == "time" else value, UNITS[what])
+
+
+def comparison(op: str, sizes: dict[str, tuple[int, ...]], first: str, rival: str) -> str:
+    """Time of all contenders, and peak memory of eager and ours."""
+    found = measured()
+    rows = []
+    for name, size in sizes.items():
+        contenders = found[(op, *size)]
+        times = [said(contenders, contender, "time") for contender in TIMES]
+        memory = [said(contenders, contender, "peak") for contender in ("eager", "ours")]
+        rows.append([name, *times[:-1], f"**{times[-1]}**", memory[0], f"**{memory[1]}**"])
+    return table([first, *({**TIMES, "rival": rival}).values(), "peak memory, eager", "ours"], rows)
+
+
+def claim() -> str:
+    of = measured()[("pointer_loss", *SPANS["1 x 100 x 1,024"])]
+    eager, ours = (f"{said(of, c, 'time')} and {said(of, c, 'peak')}" for c in ("eager", "ours"))
+    return (
+        f"**A document of 1,024 tokens and 100 types, on two CPU cores: loss and gradients take {eager} in eager "
+        f"PyTorch, and {ours} here**, and are the same to within float32's rounding."
+    )
+
+
+def tables() -> dict[str, str]:
+    """Of README.md."""
+    shape = "sentences x heads x tokens"
+    return {
+        "claim": claim(),
+        "spans": comparison("pointer_loss", SPANS, shape, "the usual head, sparse labels"),
+        "decoding": comparison("pointer_decode", DECODED, shape, "the usual way, `np.where`"),
+        "classes": comparison("zlpr_loss", CLASSES, "scores", "the usual formula"),
+    }
