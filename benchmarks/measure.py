@@ -326,7 +326,8 @@ class OtherProcesses:
 
         machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
         own_and_children = own.user + own.system + own.children_user + own.children_system
-        return machine.user + machine.system - own_and_children, time.monotonic()
+        nice = getattr(machine, "nice", 0.0)  # user's time at low priority, where there is that
+        return machine.user + nice + machine.system - own_and_children, time.monotonic()
 
 
 def attempt(work: Callable[..., T], *arguments: Any) -> T | Failure:

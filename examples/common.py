@@ -114,6 +114,20 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return parse
 
 
+def existing_device(name: str) -> torch.device:
+    """An argparse type: a device that is there."""
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return found
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def options_parser(description: str, line: str) -> argparse.ArgumentParser:
     """The options of both programs; ``line`` says what a line of input is."""
     positive, rate = number(int, 1), number(float, 0, 1)
@@ -131,7 +145,7 @@ def options_parser(description: str, line: str) -> argparse.ArgumentParser:
     add("--weight-decay", type=rate, default=0.01, help="of AdamW")
     add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient")
     add("--precision", choices=DTYPES, default="fp32", help="autocast; fp16 on a GPU only")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--device", type=existing_device, default=default_device(), help="where to train")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order, dropout and synthetic corpus")
     add("--out", type=Path, metavar="DIR", help="folder for checkpoints")
     add("--save-every", type=positive, metavar="STEPS", help="checkpoint so often, and at the end")
@@ -148,11 +162,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--train and --dev go together")
     if options.resume and not options.out:
         parser.error("--resume needs --out")
-    try:
-        options.device = torch.device(options.device)
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"argument --device: {str(error).splitlines()[0]}")
     if options.precision == "fp16" and options.device.type != "cuda":
         parser.error(f"argument --precision: fp16 needs a CUDA device; got {options.device}")
     if options.lr is None:

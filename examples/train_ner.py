@@ -216,6 +216,14 @@ def encode(encoder: Encoder, sentences: Sequence[Sentence], max_length: int) -> 
     return Encoded(examples, lost)
 
 
+def join_pieces(encoder: Encoder, sentences: Sequence[Sentence], limit: int) -> list[Sentence]:
+    """Neighbours joined to documents of at most so many pieces, special tokens included."""
+    whole = encoder.pieces([sentence.tokens for sentence in sentences], sys.maxsize)
+    sizes = [sum(word >= 0 for word in words) for _, words in whole]
+    special = len(whole[0].words) - sizes[0]
+    return join(sentences, sizes, limit - special)
+
+
 def collate(examples: Sequence[dict[str, Any]], types: Sequence[str], padding: int) -> Batch:
     """A batch: that of ``fp.spans.collate``, and the word of each piece, -1 for special and padding tokens."""
     words = [torch.tensor(example["words"]) for example in examples]
@@ -291,10 +299,7 @@ def main() -> None:
         raise InputError(f"{options.train}, {options.dev}: no span in either")
     encoder = build_encoder(options.encoder, [sentence.tokens for sentence in splits[0]])
     if options.join_tokens:
-        whole = [encoder.pieces([s.tokens for s in split], sys.maxsize) for split in splits]
-        sizes = [[sum(word >= 0 for word in pieces.words) for pieces in split] for split in whole]
-        special = len(whole[0][0].words) - sizes[0][0]
-        splits = [join(*pair, options.join_tokens - special) for pair in zip(splits, sizes, strict=True)]
+        splits = [join_pieces(encoder, split, options.join_tokens) for split in splits]
     train, dev = (encode(encoder, split, max_length) for split in splits)
     for name, split, encoded in zip(("train", "dev"), splits, (train, dev), strict=True):
         spans = sum(len(sentence.spans) for sentence in split)

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from .pointer_scores import (
     Plan,
+    all_registers,
     float32_precision,
     load_bias,
     load_kept,
@@ -136,8 +137,6 @@ def decode(
     q, k = rotate(q, k, problem.mask, problem.positions, problem.rope)
     mask, mask_strides, constants = masking(problem, q)
     bias_strides = [(0, 0, 0) if bias is None else bias.stride() for bias in (start, end)]
-    # NVIDIA's assembler would rather spill a little than let fewer programs run at once.
-    options = {"maxnreg": 255} if torch.version.hip is None else {}
 
     def sweep(limit: int) -> None:
         grid = (batch * own_heads * triton.cdiv(length, rule.block), triton.cdiv(of_group, rule.heads))
@@ -147,7 +146,7 @@ def decode(
             *bias_strides[0], *bias_strides[1], *mask_strides,
             SIZE=size, HAS_START=start is not None, HAS_END=end is not None, PRECISION=float32_precision(),
             CHUNK=rule.chunk, BLOCK=rule.block, HEADS=rule.heads, num_warps=rule.num_warps, num_stages=2,
-            **constants, **options,
+            **constants, **all_registers(),
         )  # fmt: skip
 
     with torch.cuda.device_of(q):

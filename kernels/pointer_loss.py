@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 
 from .pointer_scores import (
+    all_registers,
     float32_precision,
     load_bias,
     load_kept,
@@ -778,8 +779,7 @@ def _constants(q: torch.Tensor, rule: Plan) -> dict[str, Any]:
     return {
         "PRECISION": precision, "SIZE": q.shape[-1], "CHUNK": rule.chunk,
         "BLOCK": rule.block, "HEADS": rule.heads, "num_warps": rule.num_warps, "num_stages": 2,
-        # All registers there are: left to itself, ptxas aims for half of them and spills what the direct rows need.
-        **({"maxnreg": 255} if torch.version.hip is None else {}),
+        **all_registers(),
     }  # fmt: skip
 
 

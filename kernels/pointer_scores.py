@@ -236,6 +236,11 @@ def float32_precision() -> str:
     return "tf32x3" if torch.version.hip is None else "ieee"
 
 
+def all_registers() -> dict[str, int]:
+    """Left to itself, NVIDIA's assembler would rather spill a little than let fewer programs run at once."""
+    return {"maxnreg": 255} if torch.version.hip is None else {}
+
+
 def masking(problem: Any, anything: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], dict[str, bool]]:
     """The mask, or any pointer where none is read; its strides; and the constants that say which cells are valid."""
     mask = anything if problem.mask is None else problem.mask.view(torch.uint8)
@@ -327,6 +332,7 @@ def backward(
             pointer_sweep_kernel[(batch * own_heads * tiles, triton.cdiv(size, rule.chunk))](
                 grad, x, mask, out, own_heads, length, problem.max_width or 0, problem.scale, *along, *mask_strides,
                 SIZE=size, COLUMNS=x is q, PRECISION=float32_precision(), CHUNK=rule.chunk, num_stages=2, **launch,
+                **all_registers(),
             )  # fmt: skip
     if problem.rope:
         rotate_back_(d_q, d_k, problem.positions)

@@ -1,0 +1,66 @@
+"""The pages: their Python runs as it stands, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import pages
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks_of(page: Path) -> list[Any]:
+    """The page's blocks of Python, compiled; a traceback names the page and its line."""
+    text = page.read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert len(blocks) == len(re.findall(r"^\s*```\s*py", text, re.MULTILINE)), "a block would not be run"
+    return [compile("\n" * text.count("\n", 0, b.start(1)) + b[1], str(page), "exec") for b in blocks]
+
+
+@every_page
+def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, each block with what the ones before it have defined."""
+    monkeypatch.chdir(ROOT)
+    namespace: dict[str, Any] = {}
+    for block in blocks_of(page):
+        exec(block, namespace)
+
+
+def test_each_block_of_the_readme_runs_alone() -> None:
+    blocks = blocks_of(README)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert pages.filled(text, pages.tables()) == text
+
+
+def prose(page: Path) -> str:
+    """Without blocks of code, in which brackets and hashes are no links and headings."""
+    return re.sub(r"^\s*```.*?^\s*```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """As GitHub makes them of headings: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_every_link_into_the_repository_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "code", prose(page))
+    for target, anchor in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)#?([^)\s]*)\)", text):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors_of(there), f"{target}#{anchor}"
