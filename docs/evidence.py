@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ def conditions() -> str:
     told = found["conditions"]
     times = [m.time for case in found["cases"] for part in PARTS for m in measured(case, part).values()]
     spreads = [(time.high - time.low) / 2 / time.median for time in times if isinstance(time, Timing)]
-    return (
-        f"{told['device']}, threads: {told['threads']}, torch {told['torch']}, {told['date']}; other processes\n"
-        f"{told['other processes']}. Times are medians; half the distance between the 20 % and the 80 % quantile\n"
-        f"is {min(spreads):.0%} to {max(spreads):.0%} of them. {found['encoder']}; {found['head']};\n"
-        f"{found['data']}. All numbers: [head.json](evidence/head.json)."
+    return textwrap.fill(
+        f"{told['device']}, threads: {told['threads']}, torch {told['torch']}, {told['date']}; other processes "
+        f"{told['other processes']}. Times are medians; half the distance between the 20 % and the 80 % quantile is "
+        f"{min(spreads):.0%} to {max(spreads):.0%} of them. {found['encoder']}; {found['head']}; {found['data']}. "
+        "All numbers: [head.json](evidence/head.json).",
+        120,
     )
 
 
