@@ -57,7 +57,7 @@ def measure(device: torch.device, seconds: float, announce: Callable[[str], None
             inputs = pointer_loss.make_inputs(size, dtype, device)
             inputs = {k: v.requires_grad_() if k in pointer_loss.OP.differentiate else v for k, v in inputs.items()}
             scores = 4 * batch * heads * length**2
-            able = {k: f for k, f in contenders().items() if scores * SCORE_TENSORS[k] < memory / 2}
+            able = {k: f for k, f in contenders().items() if scores * SCORE_TENSORS[k] < memory / 4}
             runs = {k: run_of(Contender(f), [inputs], pointer_loss.OP.differentiate) for k, f in able.items()}
             point = {"size": Shape(size, ""), "inputs": inputs, "measured": measure_runs(runs, device, seconds)}
             curves[name].append(point)
@@ -128,7 +128,7 @@ def figure(curves: dict[str, Any], header: dict[str, str]) -> Figure:
         axes[1][column].set_xlabel(name)
     axes[0][0].legend(frameon=False)
     canvas.supxlabel(
-        "A curve ends where its next point would need half of the memory.\n"
+        "A curve ends where its next point would need a quarter of the memory.\n"
         f"{header['cpu']}, threads: {header['threads']}; other processes {header['other processes']};"
         f" torch {header['torch']}; {header['date']}.",
         size=8, color="#555555",
