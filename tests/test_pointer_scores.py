@@ -64,6 +64,20 @@ def holes(batch: int, length: int, device: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_finite_upstream_gradients_of_invalid_cells_count_for_nothing(
+    place: Place, shared: bool, options: dict[str, Any]
+) -> None:
+    """As NaN does, which ``agree`` puts there: but a product with 0 is rid of these alone."""
+    inputs = {**tensors((2, 3, 20, 8), shared, torch.float32, place.device), **options}
+    inputs["mask"] = holes(2, 20, place.device)
+    inputs["mask"][1, :5] = True
+    upstream = torch.randn(2, 3, 20, 20, device=place.device)
+    for result in compare("pointer_scores", inputs, differentiate=differentiable(inputs), upstream=upstream):
+        assert result.ok, result
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("shape", FULL_SHAPES, ids=str)
 def test_agrees_with_float64(
     place: Place, dtype: torch.dtype, shape: tuple[int, int, int, int], shared: bool, options: dict[str, Any]
