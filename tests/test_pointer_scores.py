@@ -97,6 +97,18 @@ def test_float32_scores_are_within_1e_5(place: Place) -> None:
     assert (scores - exact)[valid].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "start", "end"])
+def test_invalid_cells_are_minus_inf_whatever_their_tokens_hold(place: Place, name: str, value: float) -> None:
+    inputs = tensors((2, 3, 20, 8), True, torch.float32, place.device)
+    inputs[name][0, ..., 7] = value
+    inputs["mask"] = holes(2, 20, place.device)
+    inputs["mask"][0, 7] = True
+    valid = fp.reference.valid_cells(20, inputs["mask"], True, 5, inputs["q"].device).expand(2, 3, 20, 20)
+    scores = fp.pointer_scores(**inputs, max_width=5)
+    assert (scores[~valid] == -torch.inf).all()
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 def test_biases_are_optional(place: Place, shared: bool) -> None:
     values = tensors((2, 3, 20, 16), shared, torch.float32, place.device)
