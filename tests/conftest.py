@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
@@ -40,6 +41,13 @@ def _param(place: Place, *more: object) -> object:
     name = "-".join([place.backend, place.device, *(str(m).removeprefix("torch.") for m in more)])
     marks = [pytest.mark.gpu] if place.device == "cuda" else []
     return pytest.param(place, *more, id=name, marks=marks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Inductor finds what it once compiled by the graph alone: not what another version of an op returned to it.
+    folder = TemporaryDirectory(prefix="inductor-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -100,11 +100,9 @@ def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torc
     if spans.numel() == 0 or (spans.device.type != "cpu" and not backends.CHECK_INDICES):
         return
     sizes = (q.shape[0], heads, q.shape[-2], q.shape[-2])
-    inside = (spans >= 0).all(1)
-    for column, limit in zip(spans.unbind(1), sizes, strict=True):
-        inside &= column < limit
-    if not inside.all():
-        where = int((~inside).nonzero()[0])
+    least, most = (x.tolist() for x in spans.aminmax(dim=0))
+    if min(least) < 0 or any(x >= size for x, size in zip(most, sizes, strict=True)):
+        where = int(((spans < 0) | (spans >= spans.new_tensor(sizes))).any(1).nonzero()[0])
         raise ValueError(
             f"{OP}: spans takes rows (batch, head, start, end) below {sizes}; got {tuple(spans[where].tolist())} "
             f"at {where}"
@@ -151,7 +149,7 @@ def _fake(
         "rows": of_heads,
         "log_sums": ((2, batch, heads), dtype),
         "cells": (listed, torch.int64),
-        "labels": (listed, dtype),
+        "labels": (listed if backend == "triton" else (2, *listed), dtype),
     }
     return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in outputs.values())
 

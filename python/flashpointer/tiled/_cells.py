@@ -5,6 +5,7 @@ A group is what shares q and k: a sentence, or one head of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -38,6 +39,14 @@ def invalid_cells(rows: slice, columns: slice, problem: Problem, device: torch.d
     return invalid
 
 
+def biases(
+    bias: torch.Tensor | None, batch: int, heads: int, length: int, problem: Problem, like: torch.Tensor
+) -> torch.Tensor:
+    """A bias [B, H, N] in the dtype of ``like``: 0 for none, -inf for the tokens that the mask drops."""
+    x = like.new_zeros((batch, heads, length)) if bias is None else bias.to(like.dtype).contiguous()
+    return x if problem.mask is None else torch.where(problem.mask.unsqueeze(1), x, -torch.inf)
+
+
 def tiles(
     groups: int,
     length: int,
@@ -55,26 +64,43 @@ def tiles(
         groups, length, problem: whose cells; ``like`` is one of their tensors.
         corner_of: ``penalties`` or ``factors``.
         height: start tokens of a tile, at most.
-        cells: of a tile, about: one is of several groups where a group has fewer.
+        cells: of a tile, at most, but for one group's, which may have more.
         multiple: of so many tokens each tile begins and ends at one, as length and height do.
     """
     extents = [length] * groups
     if problem.mask is not None and problem.mask.device.type == "cpu":  # elsewhere to look is to wait
         last = (problem.mask * torch.arange(1, problem.mask.shape[1] + 1)).amax(1)
         extents = (last + -last % multiple).repeat_interleave(groups // len(last)).tolist()
-    corner = None
     for first in range(0, length, height):
         r = slice(first, min(first + height, length))
         stop = length if problem.max_width is None else min(length, r.stop - 1 + problem.max_width)
         c = slice(first if problem.tril_mask else 0, stop + -stop % multiple)
-        if problem.max_width is not None:
-            corner = corner_of(invalid_cells(r, c, problem, like.device), like)
-        elif problem.tril_mask and corner is None:
-            corner = corner_of(invalid_cells(r, r, problem, like.device), like)
-        depth = max(1, cells // ((r.stop - r.start) * (c.stop - c.start)))
+        corner = _corner(r, c, problem, like, corner_of)
+        # As many groups to each tile of these rows, so that threads have as much to do in the last as in the others.
+        parts = max(1, -(-groups * (r.stop - r.start) * (c.stop - c.start) // cells))
+        depth = -(-groups // parts)
         for g in (slice(g, min(g + depth, groups)) for g in range(0, groups, depth)):
             extent = max(extents[g])
             if extent > first:
                 rows, columns = (slice(s.start, min(s.stop, extent)) for s in (r, c))
                 here = None if corner is None else corner[: rows.stop - first, : columns.stop - c.start]
                 yield g, rows, columns, here
+
+
+def _corner(r: slice, c: slice, problem: Problem, like: torch.Tensor, corner_of: CornerOf) -> torch.Tensor | None:
+    if problem.max_width is not None:
+        return corner_of(invalid_cells(r, c, problem, like.device), like)
+    if not problem.tril_mask:
+        return None
+    height = r.stop - r.start
+    # On a GPU what one CUDA graph made cannot serve outside it, and what tracing makes (a subclass) holds no numbers.
+    if like.device.type != "cpu" or type(like) is not torch.Tensor:
+        return corner_of(invalid_cells(r, r, problem, like.device), like)
+    return _triangle(height, corner_of, like.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _triangle(height: int, corner_of: CornerOf, dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False):
+        like = torch.empty(0, dtype=dtype, device="cpu")
+        return corner_of(torch.ones(height, height, dtype=torch.bool, device="cpu").tril_(-1), like)

@@ -24,8 +24,7 @@ def rotated(x: torch.Tensor, problem: Problem) -> torch.Tensor:
 
 def rotated_back(x: torch.Tensor, problem: Problem) -> torch.Tensor:
     """A gradient of what ``rotated`` gave as one of what it took."""
-    # Not conj(): that sets a bit, which kernels called from below the dispatcher's Conjugate key do not see.
-    return _turned(x, _directions(x, problem).conj_physical()) if problem.rope else x
+    return _turned(x, _directions(x, problem, back=True)) if problem.rope else x
 
 
 def _turned(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -33,26 +32,26 @@ def _turned(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * directions).flatten(-2)
 
 
-def _directions(x: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """cos + i sin [B or 1, 1, N, D / 2] of the tokens' angles, in the precision of x."""
+def _directions(x: torch.Tensor, problem: Problem, back: bool = False) -> torch.Tensor:
+    """cos + i sin [B or 1, 1, N, D / 2] of the tokens' angles, or of the negative ones, in the precision of x."""
     length, size = x.shape[-2:]
     if problem.positions is not None:
-        return _cos_sin(problem.positions.reshape(-1 if length else 1, 1, length, 1), size, x.dtype)
+        return _cos_sin(problem.positions.reshape(-1 if length else 1, 1, length, 1), size, x.dtype, back)
     # On a GPU what one CUDA graph made cannot serve outside it, and what tracing makes (a subclass) holds no numbers.
     if x.device.type != "cpu" or type(x) is not torch.Tensor:
-        return _cos_sin(torch.arange(length, device=x.device).unsqueeze(-1), size, x.dtype)
-    return _table(1 << max(0, length - 1).bit_length(), size, x.dtype)[:length]
+        return _cos_sin(torch.arange(length, device=x.device).unsqueeze(-1), size, x.dtype, back)
+    return _table(1 << max(0, length - 1).bit_length(), size, x.dtype, back)[:length]
 
 
 @functools.lru_cache(maxsize=8)
-def _table(length: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+def _table(length: int, size: int, dtype: torch.dtype, back: bool) -> torch.Tensor:
     """Of positions 0 to length - 1: float64's cos costs more than all else that turns. Lengths are powers of two."""
     with torch.inference_mode(False):
-        return _cos_sin(torch.arange(length, device="cpu").unsqueeze(-1), size, dtype)
+        return _cos_sin(torch.arange(length, device="cpu").unsqueeze(-1), size, dtype, back)
 
 
-def _cos_sin(positions: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+def _cos_sin(positions: torch.Tensor, size: int, dtype: torch.dtype, back: bool) -> torch.Tensor:
     """Of the angles of positions [..., 1], by way of float64: 10^5 radians leave float32 two digits."""
     theta = 10000.0 ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size)
-    angle = positions * theta
+    angle = positions * (-theta if back else theta)
     return torch.polar(torch.ones_like(angle), angle).to(dtype.to_complex())

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..ops._pointer import Problem
-from ._cells import penalties, tiles
+from ._cells import biases, penalties, tiles
 from ._rotary import rotated
 from ._tiles import TILE
 
@@ -45,7 +45,7 @@ def decode(
     spans, of equal ones the first. Neither limit lets more gather than twice what it leaves, and a tile."""
     length = q.shape[2]
     q, k = rotated(q, problem), rotated(k, problem)
-    start, end = (_masked(bias, q, heads, problem) for bias in (start, end))
+    start, end = (_by_group(bias, q, heads, problem) for bias in (start, end))
     floor = torch.full((q.shape[0] * heads,), threshold, dtype=torch.float64, device=q.device).to(q.dtype)
     best: Found = torch.empty(0, dtype=torch.int64, device=q.device), q.new_empty(0)
     pending: list[Found] = []
@@ -66,13 +66,12 @@ def decode(
 # --- the search ----------------------------------------------------------------------------------------------------
 
 
-def _masked(bias: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Problem) -> torch.Tensor:
+def _by_group(bias: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Problem) -> torch.Tensor:
     """A bias as [groups, heads of a group, N], 0 for none. -inf, whose score is above no threshold, where it is NaN,
     for the tokens that the mask drops, and for those that fill the last block."""
     batch, own_heads, length, _ = q.shape
-    x = q.new_zeros((batch, heads, length)) if bias is None else bias.to(q.dtype)
-    absent = x.isnan() if problem.mask is None else x.isnan() | ~problem.mask.unsqueeze(1)
-    x = pad(x.masked_fill(absent, -torch.inf), (0, -length % BLOCK), value=-torch.inf)
+    x = biases(bias, batch, heads, length, problem, q)
+    x = pad(x.masked_fill(x.isnan(), -torch.inf), (0, -length % BLOCK), value=-torch.inf)
     return x.view(batch * own_heads, heads // max(1, own_heads), x.shape[-1])
 
 
@@ -94,7 +93,7 @@ def _found(
         rows, columns = (slice(s.start // BLOCK, s.stop // BLOCK) for s in (r, c))
         x = torch.bmm(q[g, r], k[g, c].mT).mul_(problem.scale)
         if corner is not None:
-            x[..., : corner.shape[1]] += corner
+            x[..., : corner.shape[1]].add_(corner)
         x = x.view(len(x), rows.stop - rows.start, BLOCK, columns.stop - columns.start, BLOCK)
         of_columns, of_blocks = _largest(x)
         if of_blocks.isnan().any():

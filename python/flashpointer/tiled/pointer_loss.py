@@ -1,22 +1,28 @@
 """The ZLPR loss of all spans without their scores: ``kernels/pointer_loss.py`` has the mathematics.
 
-The same algorithm in plain PyTorch. A group is what shares q and k: a sentence, or one head of it. Matrix products
-have the heads first, for then their layout is that of the biases and the small dimension is the fast one. A mask is
-multiplied in, or added, never filled in: on a CPU that is twenty times as fast.
+The same algorithm in plain PyTorch, where a call costs as much as thousands of cells: so there are few. A group is what
+shares q and k: a sentence, or one head of it. Matrix products have the heads first, for then their layout is that of
+the biases and the small dimension is the fast one. A mask is added, never filled in: that is twenty times as fast.
+
+A tile holds whole rows. So the exponentials of a row are those of a softmax, which PyTorch computes faster than plain
+ones: P sums to 1, and the pivot of a row is the log-sum of its products. And the rows that are not for the sweep take
+their products from the tile.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import softplus
 
-from ._cells import Tile, factors, tiles
+from ._cells import Tile, biases, penalties, tiles
 from ._rotary import rotated, rotated_back
-from ._tiles import TILE
 
+# To a tile, at most: 1 MiB in float32, for two such buffers are to stay in cache.
+CELLS = 1 << 18
 # A term that underflows in a row of this bound is e^37 times smaller than the 1 inside the logarithm.
 SAFE_BOUND = 50.0
 # Sorts behind every cell, and says that there is none.
@@ -30,11 +36,11 @@ class Saved(NamedTuple):
     k: torch.Tensor  # [B, own heads or 1, N, D], turned
     exponents: torch.Tensor  # [B, H, N]: start + the largest end; -inf where a row is not for the sweep
     values: torch.Tensor  # [B, H, N]: exp(end - the largest end)
-    pivots: torch.Tensor  # [B, own heads or 1, N]: the largest product of a row
+    pivots: torch.Tensor  # [B, own heads or 1, N]: the log-sum of the products of a row
     rows: torch.Tensor  # [B, H, N]: the log-sum of the negatives of a row
     log_sums: torch.Tensor  # [2, B, H]: the two terms of the loss
-    cells: torch.Tensor  # [S]: ((b * H + h) * N + start) * N + end of the spans that count, sorted; then NOWHERE
-    labels: torch.Tensor  # [S]: theirs
+    cells: torch.Tensor  # [S]: the numbers of the spans that count, see _listed, sorted; then NOWHERE
+    labels: torch.Tensor  # [2, S]: theirs, and log(label) - score
 
 
 def forward(
@@ -53,34 +59,33 @@ def forward(
     q.mul_(problem.scale)
     batch, own_heads, length, _ = q.shape
     cells, labels = _listed(spans, span_labels, q, heads, problem)
-    start, end = (_masked(bias, q, heads, problem) for bias in (start, end))
-    pivots, rows = q.new_zeros((batch, own_heads, length)), torch.zeros_like(start)
+    start, end = (biases(bias, batch, heads, length, problem, q) for bias in (start, end))
+    pivots, rows = q.new_zeros((batch, own_heads, length)), torch.full_like(start, -torch.inf)
     log_sums = q.new_zeros((2, batch, heads))
     if rows.numel() == 0:
         return log_sums.sum(0), Saved(q, k, start.clone(), end.clone(), pivots, rows, log_sums, cells, labels)
-    largest = end.amax(-1, keepdim=True)
-    largest.masked_fill_(largest == -torch.inf, 0.0)
-    values, exponents = (end - largest).exp_(), start + largest
+    largest = end.amax(-1, keepdim=True).clamp_(min=torch.finfo(end.dtype).min)
+    exponents, values = start + largest, (end - largest).exp_()
     saved = Saved(q, k, exponents, values, pivots, rows, log_sums, cells, labels)
 
-    some_cells, some_labels = _present(saved)
-    exponents.view(-1)[some_cells // length] = -torch.inf
-    group = _by_group(saved)
-    for g, r, c, corner in _tiles(group, problem):
-        p = torch.bmm(group.q[g, r], group.k[g, c].mT)
-        pivot = p.amax(-1, keepdim=True)
-        p = _exp(p.sub_(pivot), corner)
-        group.pivots[g, 0, r] = pivot.squeeze(-1)
-        group.rows[g, :, r] = torch.bmm(group.values[g, :, c], p.mT)
-    bounds = group.exponents + group.pivots
-    group.rows.log_().add_(bounds)
-
-    negated = torch.empty_like(some_labels)
-    for block in _direct(group, start, end, bounds, some_cells, some_labels, problem):
-        rows.view(-1)[block.rows[block.live]] = block.negatives.logsumexp(-1)[block.live]
-        negated[block.listed] = block.positives
+    group, direct = _by_group(saved), _direct(saved, start, end)
+    exponents.view(-1).index_fill_(0, direct.rows, -torch.inf)
+    scores = torch.empty_like(direct.log_rest)
+    for tile in _tiles(group, problem):
+        g, r, c, _ = tile
+        products, p = _products(group, tile)
+        pivot = products.amax(-1).sub_(p.amax(-1).log_())
+        bounds = group.exponents[g, :, r] + pivot.unsqueeze(1)
+        group.pivots[g, 0, r] = pivot
+        group.rows[g, :, r] = torch.bmm(group.values[g, :, c], p.mT).log_().add_(bounds)
+        for block in direct.blocks(tile, products, bounds if _unsafe(bounds) else None):
+            scores[block.listed] = block.scores.view(-1).index_select(0, block.at)
+            rows.view(-1).index_copy_(0, block.rows, direct.negatives(block).logsumexp(-1))
     log_sums[0] = softplus(rows.logsumexp(-1), threshold=SAFE_BOUND)
-    log_sums[1] = _log_one_plus_sums(negated, some_cells // length**2, batch * heads).view(batch, heads)
+    positives = labels[1, : len(scores)]
+    # A score of -inf is that of a cell which leaves both terms.
+    torch.sub(labels[0, : len(scores)].log(), scores, out=positives).masked_fill_(scores == -torch.inf, -torch.inf)
+    log_sums[1] = _log_one_plus_sums(positives, direct.planes, batch * heads).view(batch, heads)
     return log_sums.sum(0), saved
 
 
@@ -94,56 +99,46 @@ def backward(
     problem: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``kernels.pointer_loss.backward``."""
-    q, k, _, values, _, rows, log_sums, _, _ = saved
-    _, heads, length = rows.shape
+    q, k, rows, log_sums, labels = saved.q, saved.k, saved.rows, saved.log_sums, saved.labels
+    batch, heads, length = rows.shape
     d_q, d_k, d_end = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(rows)
     upstream = (upstream.to(q.dtype) * share).contiguous().unsqueeze(-1)
     negative_sums = log_sums[0].unsqueeze(-1)
     d_start = (rows - negative_sums).exp_().mul_(upstream)
     if rows.numel() == 0:
         return d_q.to(dtype), d_k.to(dtype), d_start.to(dtype), d_end.to(dtype)
-    group = _by_group(saved)
+    start, end = (biases(bias, batch, heads, length, problem, q) for bias in (start, end))
+    group, direct = _by_group(saved), _direct(saved, start, end)
     bounds = group.exponents + group.pivots
-    a = (bounds - negative_sums.view(*bounds.shape[:2], 1)).exp_().mul_(upstream.view(*bounds.shape[:2], 1))
-    if _unsafe(bounds):
+    of_group = (*bounds.shape[:2], 1)
+    a = (bounds - negative_sums.view(of_group)).exp_().mul_(upstream.view(of_group))
+    unsafe = _unsafe(bounds)
+    if unsafe:
         a.masked_fill_(bounds > SAFE_BOUND, 0.0)
-    # With the head size first: the sum over the start tokens is then a product with rows of the tile, not columns.
-    d_k_heads_first = k.new_zeros(group.k.mT.shape)
-    d_q_of_group, d_end_of_group = d_q.view_as(group.q), d_end.view_as(group.rows)
-    for g, r, c, corner in _tiles(group, problem):
-        p = torch.bmm(group.q[g, r], group.k[g, c].mT)
-        p = _exp(p.sub_(group.pivots[g, :, r].mT), corner)
-        d_end_of_group[g, :, c] += torch.bmm(a[g, :, r], p)
-        d_products = p.mul_(torch.bmm(a[g, :, r].mT, group.values[g, :, c]))
-        d_q_of_group[g, r] = torch.bmm(d_products, group.k[g, c])
-        d_k_heads_first[g, :, c] += torch.bmm(group.q[g, r].mT, d_products)
-    d_end.mul_(values)
-
-    some_cells, some_labels = _present(saved)
-    start, end = (_masked(bias, q, heads, problem) for bias in (start, end))
-    for block in _direct(group, start, end, bounds, some_cells, some_labels, problem):
-        planes, listed_planes = block.rows // length, some_cells[block.listed] // length**2
-        shares = upstream.view(-1)[planes].masked_fill_(~block.live, 0.0)
-        weights = (block.negatives - log_sums[0].view(-1)[planes].unsqueeze(-1)).exp_().mul_(shares.unsqueeze(-1))
-        taken = (block.positives - log_sums[1].view(-1)[listed_planes]).exp_().mul_(upstream.view(-1)[listed_planes])
-        weights.view(-1).index_add_(0, block.at, taken, alpha=-1)
-        d_start.view(-1).index_add_(0, some_cells[block.listed] // length, taken, alpha=-1)
-        d_end.view(-1, length).index_add_(0, planes.flatten(), weights.flatten(0, 1))
-        tokens = block.groups.unsqueeze(1) * length + block.rows % length
-        d_q.view(-1, d_q.shape[-1]).index_add_(0, tokens.flatten(), torch.bmm(weights, block.k).flatten(0, 1))
-        d_k_heads_first.index_add_(0, block.groups, torch.bmm(block.q.mT, weights))
-    d_k.view_as(group.k).copy_(d_k_heads_first.mT)
+    negative_sums, upstream = negative_sums.view(-1, 1), upstream.view(-1, 1)
+    taken = labels[1, : len(direct.planes)] - log_sums[1].view(-1).index_select(0, direct.planes)
+    taken.exp_().mul_(upstream.view(-1).index_select(0, direct.planes))
+    d_start.view(-1).index_add_(0, direct.rows.index_select(0, direct.ranks), taken, alpha=-1)
+    d_q_by_group, d_k_by_group, d_end_by_group = d_q.view_as(group.q), d_k.view_as(group.k), d_end.view_as(group.rows)
+    for tile in _tiles(group, problem):
+        g, r, c, _ = tile
+        products, p = _products(group, tile)
+        a_of_tile, values_of_tile = a[g, :, r], group.values[g, :, c]
+        d_end_by_group[g, :, c].add_(torch.bmm(a_of_tile, p).mul_(values_of_tile))
+        d_products = p.mul_(torch.bmm(a_of_tile.mT, values_of_tile))
+        for block in direct.blocks(tile, products, bounds[g, :, r] if unsafe else None):
+            weights = direct.negatives(block).sub_(negative_sums.index_select(0, block.planes)).exp_()
+            weights.mul_(upstream.index_select(0, block.planes))
+            weights.view(-1).index_add_(0, block.at, taken[block.listed], alpha=-1)
+            d_end.view(-1, length)[:, c].index_add_(0, block.planes, weights)
+            d_products.view(-1, weights.shape[1]).index_add_(0, block.places, weights)
+        d_q_by_group[g, r] = torch.bmm(d_products, group.k[g, c])
+        d_k_by_group[g, c].add_(torch.bmm(d_products.mT, group.q[g, r]))
     d_q, d_k = rotated_back(d_q.mul_(problem.scale), problem), rotated_back(d_k, problem)
     return d_q.to(dtype), d_k.to(dtype), d_start.to(dtype), d_end.to(dtype)
 
 
 # --- the sweep -----------------------------------------------------------------------------------------------------
-
-
-def _masked(bias: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Any) -> torch.Tensor:
-    """A bias [B, H, N] in the computing dtype: 0 for none, -inf for the tokens that the mask drops."""
-    x = q.new_zeros((q.shape[0], heads, q.shape[2])) if bias is None else bias.to(q.dtype).contiguous()
-    return x if problem.mask is None else torch.where(problem.mask.unsqueeze(1), x, -torch.inf)
 
 
 def _by_group(saved: Saved) -> Saved:
@@ -156,17 +151,24 @@ def _by_group(saved: Saved) -> Saved:
     )
 
 
+def _height(groups: int, length: int) -> int:
+    """Start tokens of a tile: the lower, the less of it is below the triangle; but few tiles are few calls."""
+    return max(64, CELLS // max(1, groups * length) // 16 * 16)
+
+
 def _tiles(group: Saved, problem: Any) -> Iterator[Tile]:
     """By triangle and band alone: the mask is in exponents and values."""
     groups, length, _ = group.q.shape
-    return tiles(groups, length, problem, group.q, factors, height=64 if length < 512 else 128, cells=TILE)
+    return tiles(groups, length, problem, group.q, penalties, height=_height(groups, length), cells=CELLS)
 
 
-def _exp(p: torch.Tensor, corner: torch.Tensor | None) -> torch.Tensor:
-    p.exp_()
+def _products(group: Saved, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    """q.k of a tile [groups, start tokens, end tokens], -inf in invalid cells, and P, their softmax."""
+    g, r, c, corner = tile
+    products = torch.bmm(group.q[g, r], group.k[g, c].mT)
     if corner is not None:
-        p[..., : corner.shape[1]].mul_(corner)
-    return p
+        products[..., : corner.shape[1]].add_(corner)
+    return products, products.softmax(-1)
 
 
 # --- the rows that are not for the sweep ---------------------------------------------------------------------------
@@ -175,91 +177,106 @@ def _exp(p: torch.Tensor, corner: torch.Tensor | None) -> torch.Tensor:
 def _listed(
     spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cells of the spans that count, sorted, and their labels: valid ones, of repeated ones the first."""
-    (batch, _, length, _), (b, h, m, n) = q.shape, spans.unbind(1)
-    cells, labels = torch.full_like(b, NOWHERE), q.new_zeros(len(spans))
-    valid = (spans >= 0).all(1) & (b < batch) & (h < heads) & (m < length) & (n < length)
+    """The numbers of the spans that count, sorted, and their labels: of valid cells, of repeated ones the first.
+
+    A number has the digits tile, sentence, head, start, end; the tile is which one from the top.
+    """
+    batch, own_heads, length, _ = q.shape
+    sizes = spans.new_tensor([batch, heads, length, length])
+    valid = ((spans >= 0) & (spans < sizes)).all(1)
+    b, _, m, n = spans.unbind(1)
     if problem.tril_mask:
         valid &= m <= n
     if problem.max_width is not None:
         valid &= n - m < problem.max_width
     if problem.mask is not None:
         valid[valid.clone()] = problem.mask[b[valid], m[valid]] & problem.mask[b[valid], n[valid]]
-    some, order = (((b * heads + h) * length + m) * length + n)[valid].sort(stable=True)
-    first = torch.ones_like(some, dtype=torch.bool)
-    first[1:] = some[1:] != some[:-1]
-    count = int(first.sum())
-    cells[:count] = some[first]
-    labels[:count] = 1.0 if span_labels is None else span_labels[valid][order][first].to(q.dtype)
-    return cells, labels
-
-
-def _present(saved: Saved) -> tuple[torch.Tensor, torch.Tensor]:
-    count = int((saved.cells != NOWHERE).sum())
-    return saved.cells[:count], saved.labels[:count]
-
-
-class _Block(NamedTuple):
-    """Some direct rows, p of each of g groups at most."""
-
-    groups: torch.Tensor  # [g]
-    k: torch.Tensor  # [g, N, D], theirs
-    rows: torch.Tensor  # [g, p]: (b * H + h) * N + start
-    live: torch.Tensor  # [g, p]: False where a group has fewer rows
-    q: torch.Tensor  # [g, p, D]
-    negatives: torch.Tensor  # [g, p, N]: scores + log(1 - label), -inf in invalid cells
-    at: torch.Tensor  # where in negatives the listed cells of these rows are,
-    listed: torch.Tensor  # which of all listed cells these are,
-    positives: torch.Tensor  # and log(label) - score of each
+    numbers = (spans * spans.new_tensor([heads * length**2, length**2, length, 1])).sum(1)
+    numbers.add_(m // _height(batch * own_heads, length), alpha=batch * heads * length**2)
+    numbers, order = numbers.masked_fill_(~valid, NOWHERE).sort(stable=True)
+    repeated = numbers[1:] == numbers[:-1]
+    if repeated.any():
+        numbers[1:].masked_fill_(repeated, NOWHERE)
+        numbers, again = numbers.sort(stable=True)
+        order = order[again]
+    labels = q.new_ones((2, len(spans)))
+    if span_labels is not None:
+        labels[0] = span_labels[order]
+    return numbers, labels
 
 
 def _unsafe(bounds: torch.Tensor) -> bool:
     return not bool(bounds.amax() <= SAFE_BOUND)  # so that NaN, too, makes the caller look more closely
 
 
-def _direct(
-    group: Saved,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    bounds: torch.Tensor,
-    cells: torch.Tensor,
-    labels: torch.Tensor,
-    problem: Any,
-) -> Iterator[_Block]:
-    """The rows with a listed cell, and those whose bound is unsafe."""
-    (groups, heads, length), tokens = bounds.shape, torch.arange(bounds.shape[2], device=cells.device)
-    rows = torch.unique_consecutive(cells // length)
-    if _unsafe(bounds):
-        rows = torch.unique(torch.cat([rows, (bounds.view(-1) > SAFE_BOUND).nonzero().squeeze(1)]))
-    if len(rows) == 0:
-        return
-    counts = torch.bincount(rows // (heads * length), minlength=groups)
-    firsts = counts.cumsum(0) - counts
-    most = int(counts.max())
-    row_of_cell = torch.searchsorted(rows, cells // length)
-    group_of_cell = cells // (heads * length**2)
-    rank_of_cell = row_of_cell - firsts[group_of_cell]
-    width = max(1, TILE // (int((counts > 0).sum()) * length))
-    for p in range(0, most, width):
-        g = (counts > p).nonzero().squeeze(1)
-        slots = firsts[g].unsqueeze(1) + torch.arange(p, min(p + width, most), device=g.device)
-        live = slots < (firsts + counts)[g].unsqueeze(1)
-        row = rows[torch.minimum(slots, (firsts + counts - 1)[g].unsqueeze(1))]  # the last one in the place of none
-        m = row % length
-        q = group.q[g.unsqueeze(1), m]
-        k = group.k if len(g) == groups else group.k[g]
-        scores = torch.bmm(q, k.mT).add_(start.view(-1)[row].unsqueeze(-1)).add_(end.view(-1, length)[row // length])
-        if problem.tril_mask:
-            scores.masked_fill_(tokens < m.unsqueeze(-1), -torch.inf)
-        if problem.max_width is not None:
-            scores.masked_fill_(tokens - m.unsqueeze(-1) >= problem.max_width, -torch.inf)
-        listed = ((rank_of_cell >= p) & (rank_of_cell < p + width)).nonzero().squeeze(1)
-        place = torch.searchsorted(g, group_of_cell[listed]) * slots.shape[1] + rank_of_cell[listed] - p
-        at = place * length + cells[listed] % length
-        own, t = scores.view(-1)[at], labels[listed]
-        scores.view(-1)[at] += torch.log1p(-t)
-        positives = (torch.log(t) - own).masked_fill_(own == -torch.inf, -torch.inf)  # such a cell leaves both terms
-        yield _Block(g, k, row, live, q, scores, at, listed, positives)
+class _Block(NamedTuple):
+    """Some direct rows of a tile."""
+
+    rows: torch.Tensor  # [R]: (b * H + h) * N + start
+    planes: torch.Tensor  # [R]: b * H + h
+    places: torch.Tensor  # [R]: which of the tile's rows have their products
+    scores: torch.Tensor  # [R, end tokens of the tile]
+    listed: slice  # which of the listed cells are theirs,
+    at: torch.Tensor  # and where in scores
+
+
+class _Direct(NamedTuple):
+    """The rows that hold a listed cell, and these cells, both in the order of the tiles."""
+
+    start: torch.Tensor  # [B * H * N]
+    end: torch.Tensor  # [B * H, N]
+    groups: int
+    rows: torch.Tensor  # [R]: (b * H + h) * N + start
+    tiles: list[int]  # [R]: which tile from the top * G + which group
+    ranks: torch.Tensor  # [S]: which of the rows
+    rank_list: list[int]  # the same
+    planes: torch.Tensor  # [S]: b * H + h
+    ends: torch.Tensor  # [S]
+    log_rest: torch.Tensor  # [S]: log(1 - label)
+
+    def blocks(self, tile: Tile, products: torch.Tensor, bounds: torch.Tensor | None) -> Iterator[_Block]:
+        """Those of the tile, and with bounds [groups, heads of a group, start tokens] also the rows of unsafe ones."""
+        (g, r, c, _), (_, height, width), length = tile, products.shape, self.end.shape[1]
+        of_group, depth = len(self.end) // self.groups, max(1, CELLS // width)
+        first = r.start // _height(self.groups, length) * self.groups
+        i, j = (bisect_left(self.tiles, first + group) for group in (g.start, g.stop))
+        chunks = [(rank, self.rows[rank : min(rank + depth, j)]) for rank in range(i, j, depth)]
+        if bounds is not None:
+            group, head, m = (bounds > SAFE_BOUND).nonzero().unbind(1)
+            unsafe = ((group + g.start) * of_group + head) * length + m + r.start
+            chunks += [(len(self.rows), rows) for rows in unsafe.split(depth)]
+        for rank, rows in chunks:
+            planes = rows // length
+            places = torch.add(rows % length, planes // of_group, alpha=height).sub_(r.start + g.start * height)
+            scores = products.view(-1, width).index_select(0, places)
+            scores.add_(self.end[:, c].index_select(0, planes)).add_(self.start.index_select(0, rows).unsqueeze(1))
+            listed = slice(*(bisect_left(self.rank_list, x) for x in (rank, rank + len(rows))))
+            at = torch.add(self.ends[listed], self.ranks[listed], alpha=width).sub_(c.start + rank * width)
+            yield _Block(rows, planes, places, scores, listed, at)
+
+    def negatives(self, block: _Block) -> torch.Tensor:
+        """Its scores + log(1 - label), in their place."""
+        block.scores.view(-1).index_add_(0, block.at, self.log_rest[block.listed])
+        return block.scores
+
+
+def _direct(saved: Saved, start: torch.Tensor, end: torch.Tensor) -> _Direct:
+    (batch, heads, length), groups = saved.rows.shape, saved.q.shape[0] * saved.q.shape[1]
+    count = int((saved.cells != NOWHERE).sum())
+    numbers = saved.cells[:count]
+    rows, ranks = torch.unique_consecutive(numbers // length, return_inverse=True)
+    return _Direct(
+        start=start.view(-1),
+        end=end.view(batch * heads, length),
+        groups=groups,
+        rows=rows % (batch * heads * length),
+        tiles=(rows // (batch * heads // groups * length)).tolist(),
+        ranks=ranks,
+        rank_list=ranks.tolist(),
+        planes=numbers // length**2 % (batch * heads),
+        ends=numbers % length,
+        log_rest=torch.log1p(-saved.labels[0, :count]),
+    )
 
 
 def _log_one_plus_sums(x: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from ..ops._pointer import Problem
-from ._cells import CornerOf, Tile, factors, invalid_cells, penalties, tiles
+from ._cells import CornerOf, Tile, biases, factors, invalid_cells, penalties, tiles
 from ._rotary import rotated, rotated_back
 from ._tiles import TILE
 
@@ -39,13 +39,13 @@ def forward(
     q, k = (rotated(x, problem).flatten(0, 1) for x in (q, k))
     dropped = _dropped(own_heads, problem)
     if start is not None or end is not None or dropped is not None:
-        start, end = (_masked(bias, by_group, dropped, q) for bias in (start, end))
+        start, end = (biases(bias, batch, heads, length, problem, q).view(by_group.shape[:3]) for bias in (start, end))
     finite = _is_finite(q.norm() * k.norm()) and all(x is None or _below_inf(x) for x in (start, end))
     q = q * problem.scale
     for g, r, c, corner in _tiles(by_group, q, problem, penalties):
         product = torch.bmm(q[g, r], k[g, c].mT).unsqueeze(1)
         if corner is not None:
-            product[..., : corner.shape[1]] += corner
+            product[..., : corner.shape[1]].add_(corner)
         for h in _head_tiles(by_group, product.numel()):
             out = by_group[g, h, r, c]
             if start is None or end is None:
@@ -70,11 +70,11 @@ def backward(
     own_heads = shape[1]
     q, k = (rotated(x, problem).flatten(0, 1) for x in (q, k))
     d_q, d_k = torch.zeros_like(q), torch.zeros_like(k)
-    biases = (len(q), heads // max(1, own_heads), length)
-    d_start, d_end = (q.new_zeros(biases if needed else 0) for needed in (need_start, need_end))
+    by_groups = (len(q), heads // max(1, own_heads), length)
+    d_start, d_end = (q.new_zeros(by_groups if needed else 0) for needed in (need_start, need_end))
     if grad.numel() > 0:
         # A view, but of odd strides where heads have their own q and k.
-        by_group = grad.reshape(*biases, length)
+        by_group = grad.reshape(*by_groups, length)
         dropped = _dropped(own_heads, problem)
         for g, r, c, corner in _tiles(by_group, q, problem, factors):
             kept, sums = _kept(g, r, c, corner, dropped, q), []
@@ -87,11 +87,11 @@ def backward(
                 if need_start:
                     d_start[g, h, r] = of_rows
                 if need_end:
-                    d_end[g, h, c] += upstream.sum(-2)
+                    d_end[g, h, c].add_(upstream.sum(-2))
                 sums.append(upstream.sum(1))
             total = sum(sums[1:], start=sums[0])
             d_q[g, r] = torch.bmm(total, k[g, c])
-            d_k[g, c] += torch.bmm(total.mT, q[g, r])
+            d_k[g, c].add_(torch.bmm(total.mT, q[g, r]))
     d_q, d_k = (rotated_back(d.mul_(problem.scale).view(shape), problem) for d in (d_q, d_k))
     d_start, d_end = (
         d.view(batch, heads, length) if needed else d for d, needed in ((d_start, need_start), (d_end, need_end))
@@ -114,15 +114,6 @@ def _head_tiles(by_group: torch.Tensor, cells: int) -> Iterator[slice]:
 def _dropped(own_heads: int, problem: Problem) -> torch.Tensor | None:
     """The tokens [groups, N] that the mask drops."""
     return None if problem.mask is None else ~problem.mask.repeat_interleave(own_heads, 0)
-
-
-def _masked(
-    bias: torch.Tensor | None, by_group: torch.Tensor, dropped: torch.Tensor | None, like: torch.Tensor
-) -> torch.Tensor:
-    """A bias by groups: 0 for none, -inf for the tokens that the mask drops."""
-    shape = by_group.shape[:3]
-    x = like.new_zeros(shape) if bias is None else bias.to(like.dtype).reshape(shape)
-    return x if dropped is None else x.masked_fill(dropped.unsqueeze(1), -torch.inf)
 
 
 def _invalid(
