@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashpointer as fp
 from flashpointer.agreement import compare, relative_error, run
+from flashpointer.tiled import pointer_loss as tiles
 
 from .conftest import INTERPRETED, Place
 from .test_memory import peak
@@ -20,6 +22,10 @@ from .test_pointer_scores import OPTIONS, differentiable, holes, tensors
 # (B, H, N, D): one token; less than a tile; several tiles, the last ragged; D no power of two; several tiles of heads.
 SHAPES = [(1, 1, 1, 2), (2, 3, 20, 8), (1, 4, 70, 20), (1, 40, 33, 6)]
 FULL_SHAPES = [(2, 10, 300, 64), (1, 100, 130, 256), (1, 3, 700, 64), (20, 9, 64, 64)]
+
+
+# On a CPU: of one sentence and 16 tokens, and of 5 direct rows at a time.
+SMALL_TILES = patch.multiple(tiles, CELLS=200, HEIGHT=16)
 
 
 def some_spans(shape: tuple[int, int, int, int], count: int, device: str) -> torch.Tensor:
@@ -226,6 +232,13 @@ def test_extremes(place: Place, name: str, shared: bool) -> None:
     agree({**extreme(name, problem(shape, shared, device=place.device)), "reduction": "none"}, at_most=2e-3)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_in_small_tiles(name: str, shared: bool) -> None:
+    with SMALL_TILES:
+        agree({**extreme(name, problem((2, 3, 40, 16), shared)), "reduction": "none"}, at_most=2e-3)
+
+
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
 def test_float32_is_within_2e_5(place: Place, scale: float) -> None:
     shape = (2, 4, 40, 64) if place.small else (4, 10, 256, 64)
@@ -288,6 +301,13 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "max_width": draw(st.sampled_from([None, 1, 5, 100])),
         "reduction": "none",
     }
+
+
+@settings(max_examples=100, deadline=None)
+@given(inputs=problems())
+def test_any_problem_agrees_in_small_tiles(inputs: dict[str, Any]) -> None:
+    with SMALL_TILES:
+        agree(inputs)
 
 
 @settings(max_examples=4 if INTERPRETED else 40, deadline=None)

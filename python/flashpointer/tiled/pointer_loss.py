@@ -23,6 +23,8 @@ from ._rotary import rotated, rotated_back
 
 # To a tile, at most: 1 MiB in float32, for two such buffers are to stay in cache.
 CELLS = 1 << 18
+# Start tokens to a tile, at least.
+HEIGHT = 64
 # A term that underflows in a row of this bound is e^37 times smaller than the 1 inside the logarithm.
 SAFE_BOUND = 50.0
 # Sorts behind every cell, and says that there is none.
@@ -153,7 +155,7 @@ def _by_group(saved: Saved) -> Saved:
 
 def _height(groups: int, length: int) -> int:
     """Start tokens of a tile: the lower, the less of it is below the triangle; but few tiles are few calls."""
-    return max(64, CELLS // max(1, groups * length) // 16 * 16)
+    return max(HEIGHT, CELLS // max(1, groups * length) // 16 * 16)
 
 
 def _tiles(group: Saved, problem: Any) -> Iterator[Tile]:
