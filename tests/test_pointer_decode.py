@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashpointer as fp
+from flashpointer.tiled import pointer_decode as tiles
 
 from .conftest import INTERPRETED, Place
 from .test_memory import peak
@@ -21,6 +23,15 @@ from .test_pointer_scores import OPTIONS, holes, tensors
 
 SHAPES = [(1, 1, 1, 2), (2, 3, 20, 8), (1, 4, 70, 20), (1, 17, 33, 6)]
 FULL_SHAPES = [(2, 10, 300, 64), (1, 1000, 64, 16), (1, 3, 700, 64), (20, 9, 64, 64)]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["few"] if INTERPRETED else ["few", "bounded"])
+def bounded(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test also where tiles rule out what they can, however few the scores are."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "bounded":
+            patch.setattr(tiles, "FEW", 0)
+        yield
 
 
 def truth(inputs: dict[str, Any]) -> torch.Tensor:

@@ -4,7 +4,7 @@ A score is x_mn + start_hm + end_hn, where only the biases depend on the head. S
 plus the largest start of its rows, plus the largest end of its columns, bounds the block's scores, for all heads that
 share q and k at once. A block is looked into where that exceeds the threshold: first its columns, each with the largest
 x of its own, then the cells of the columns that are left. Rounding is monotone, and the terms are added in one order:
-no bound falls below a score.
+no bound falls below a score. Where a tile has few scores, they are all looked at.
 
 A group is what shares q and k: a sentence, or one head of it. Inner tensors are [groups, heads of a group, N].
 """
@@ -25,6 +25,8 @@ from ._tiles import TILE
 BLOCK = 32
 # Start tokens to a tile: fewer leave less of it below the triangle, more make a faster product.
 HEIGHT = 128
+# Scores of a tile that take less time to look at, all of them, than it takes to rule some out.
+FEW = TILE
 
 Found = tuple[torch.Tensor, torch.Tensor]
 """Cells ((b * H + h) * N + start) * N + end, and their scores."""
@@ -94,6 +96,13 @@ def _found(
         x = torch.bmm(q[g, r], k[g, c].mT).mul_(problem.scale)
         if corner is not None:
             x[..., : corner.shape[1]].add_(corner)
+        if heads * x.numel() <= FEW:
+            scores = x.unsqueeze(1) + start[g, :, rows].flatten(2).unsqueeze(3)
+            scores.add_(end[g, :, columns].flatten(2).unsqueeze(2))
+            i, h, m, n = (scores > floor[g, :, None, None]).nonzero().unbind(1)
+            plane = (i + g.start) * heads + h
+            yield (plane * length + m + r.start) * length + n + c.start, scores[i, h, m, n]
+            continue
         x = x.view(len(x), rows.stop - rows.start, BLOCK, columns.stop - columns.start, BLOCK)
         of_columns, of_blocks = _largest(x)
         if of_blocks.isnan().any():
