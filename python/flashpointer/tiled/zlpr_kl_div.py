@@ -28,7 +28,7 @@ def forward(scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None
     for o, rows in row_tiles(outer, inner, classes):
         for columns in column_tiles(classes):
             s, t = _load(scores, other, mask, o, rows, columns)
-            loss[o, rows] += torch.sigmoid(s).sub_(torch.sigmoid(t)).mul_(s - t).sum(-1)
+            loss[o, rows].add_(torch.sigmoid(s).sub_(torch.sigmoid(t)).mul_(s - t).sum(-1))
     return loss
 
 
