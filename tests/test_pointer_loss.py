@@ -56,13 +56,21 @@ def agree(inputs: dict[str, Any], upstream: torch.Tensor | None = None, at_most:
     """Of the loss and all gradients; at_most is a bound on the error besides.
 
     exp makes of the rounding of a score a relative error of its term. Eager's rounding of the few that count may by
-    chance be next to none, so that of the largest score is allowed as well.
+    chance be next to none, so that of the largest score is allowed as well. So is that of the upstream gradient in
+    those of the biases: they sum what their cells get, and +1 of the negatives may cancel -1 of the positives.
     """
     options = {name: value for name, value in inputs.items() if name not in ("spans", "span_labels", "reduction")}
     scores = fp.reference.pointer_scores(**options).detach()
     largest = scores[scores.isfinite()].abs().amax().item() if scores.isfinite().any() else 0.0
-    rounding = torch.finfo(torch.float64 if scores.dtype == torch.float64 else torch.float32).eps * largest
-    for result in compare("pointer_loss", inputs, differentiate=differentiable(inputs), upstream=upstream):
+    spacing = torch.finfo(torch.float64 if scores.dtype == torch.float64 else torch.float32).eps
+    exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    wrt = differentiable(inputs)
+    truth = dict(zip(("loss", *wrt), run(fp.reference.pointer_loss, exact, wrt, upstream), strict=True))
+    terms = 1.0 if upstream is None else upstream.abs().max().item()
+    for result in compare("pointer_loss", inputs, differentiate=wrt, upstream=upstream):
+        rounding = spacing * largest
+        if result.what in ("start", "end"):
+            rounding += spacing * terms / max(truth[result.what].norm().item(), torch.finfo(torch.float64).tiny)
         assert result.error <= result.allowed + rounding, result
         assert at_most is None or result.error <= at_most, result
 

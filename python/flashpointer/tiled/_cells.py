@@ -6,6 +6,7 @@ A group is what shares q and k: a sentence, or one head of it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -76,9 +77,9 @@ def tiles(
         stop = length if problem.max_width is None else min(length, r.stop - 1 + problem.max_width)
         c = slice(first if problem.tril_mask else 0, stop + -stop % multiple)
         corner = _corner(r, c, problem, like, corner_of)
-        # As many groups to each tile of these rows, so that threads have as much to do in the last as in the others.
-        parts = max(1, -(-groups * (r.stop - r.start) * (c.stop - c.start) // cells))
-        depth = -(-groups // parts)
+        # As many groups to each of the tiles of these rows: of 8, not 6 and 2.
+        most = max(1, cells // ((r.stop - r.start) * (c.stop - c.start)))
+        depth = math.ceil(groups / math.ceil(groups / most))
         for g in (slice(g, min(g + depth, groups)) for g in range(0, groups, depth)):
             extent = max(extents[g])
             if extent > first:
