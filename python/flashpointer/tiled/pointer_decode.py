@@ -73,7 +73,9 @@ def _by_group(bias: torch.Tensor | None, q: torch.Tensor, heads: int, problem: P
     for the tokens that the mask drops, and for those that fill the last block."""
     batch, own_heads, length, _ = q.shape
     x = biases(bias, batch, heads, length, problem, q)
-    x = pad(x.masked_fill(x.isnan(), -torch.inf), (0, -length % BLOCK), value=-torch.inf)
+    x = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if length % BLOCK:
+        x = pad(x, (0, -length % BLOCK), value=-torch.inf)
     return x.view(batch * own_heads, heads // max(1, own_heads), x.shape[-1])
 
 
