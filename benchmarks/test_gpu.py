@@ -64,6 +64,8 @@ def test_tests_that_are_cut_off_are_counted(tmp_path: Path) -> None:
     the_pass = gpu.Pass(tmp_path, gpu.Settings("cpu", 0.0), minutes=5)
 
     async def cut_when_slow() -> None:
+        # As main does. A shell's job in the background ignores SIGINT, and so would its children.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, the_pass.cut_off)
         tests = asyncio.create_task(the_pass.test(file, the_pass.end))
         while "test_wrong" not in (tmp_path / "log.txt").read_text():
             await asyncio.sleep(0.1)
