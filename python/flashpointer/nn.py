@@ -123,7 +123,7 @@ class _PointerHead(torch.nn.Module):
 
         Returns:
             ``(spans, scores)``: int64 ``[S, 4]``, sorted rows (batch, head, start, end), end inclusive; and the score
-            ``[S]`` of each, whose probability is ``sigmoid(2 * score)``. Neither has a gradient.
+            ``[S]`` of each, whose probability is roughly ``sigmoid(2 * score)``. Neither has a gradient.
 
         Raises:
             TypeError, ValueError: for an argument of wrong type, shape, device or value.

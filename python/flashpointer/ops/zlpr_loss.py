@@ -23,7 +23,8 @@ def zlpr_loss(
 
         loss = log(1 + sum_i (1 - t_i) exp(s_i)) + log(1 + sum_i t_i exp(-s_i))
 
-    After training a class is predicted where its score is above 0, and ``sigmoid(2 * score)`` is its probability.
+    After training a class is predicted where its score is above 0. ``sigmoid(2 * score)`` is its probability if labels
+    are soft; if they are hard and classes few, it is too sure of itself (docs/mathematics.md has both).
 
     Args:
         scores: ``[..., C]``, float16, bfloat16, float32 or float64: one row of C class scores for each leading index. A
