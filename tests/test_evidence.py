@@ -37,11 +37,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 # --- the committed files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", evidence.SETS)
+@pytest.mark.parametrize("name", evidence.curves())
 def test_the_fused_loss_follows_the_eager_one(name: str) -> None:
-    apart = evidence.differences(name)
+    apart, limit = evidence.differences(name), 1e-4
+    if not name.endswith(evidence.RATES[0]):  # but no closer than the eager one follows itself
+        limit = max(limit, *evidence.differences(name, evidence.CONTROL))
     assert len(apart) == 100
-    assert max(apart) < 1e-4
+    assert max(apart) < limit
 
 
 def test_the_page_says_what_the_files_say() -> None:
