@@ -87,8 +87,8 @@ def pointer_decode_kernel(
                 some_ends = load_number(end, some_kept_n, some_heads, n[None, :], stride_eh, stride_en, HAS_END)
                 bounds = largest + most_start + tl.max(some_ends, axis=1)
                 if tl.max((bounds > threshold).to(tl.int32), axis=0) > 0:
-                    for h in range(h_first, h_stop):
-                        h = tl.cast(h, tl.int64)
+                    for i in range(h_first, h_stop):
+                        h = tl.cast(i, tl.int64)
                         s_m = load_number(start, kept_m, h, m, stride_sh, stride_sn, HAS_START)
                         e_n = load_number(end, kept_n, h, n, stride_eh, stride_en, HAS_END)
                         if largest + tl.max(s_m, axis=0) + tl.max(e_n, axis=0) > threshold:

@@ -121,8 +121,8 @@ def pointer_scores_kernel(
     product = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     if alive:
         product = tile_product(q + plane, k + plane, m, n, length, SIZE, CHUNK, PRECISION) * scale
-    for h in range(h_first, tl.minimum(h_first + HEADS, heads)):
-        h = tl.cast(h, tl.int64)
+    for i in range(h_first, tl.minimum(h_first + HEADS, heads)):
+        h = tl.cast(i, tl.int64)
         s_m = load_bias(start + b * stride_sb, kept_m, h, m, stride_sh, stride_sn, HAS_START)
         e_n = load_bias(end + b * stride_eb, kept_n, h, n, stride_eh, stride_en, HAS_END)
         s = tl.where(valid, product + s_m[:, None] + e_n[None, :], float("-inf"))
@@ -156,8 +156,8 @@ def sum_heads_kernel(
     valid = valid_cells(m[:, None], n[None, :], kept_m[:, None], kept_n[None, :], max_width, TRIL, BANDED)
     cells = m.to(tl.int64)[:, None] * stride_gm + n.to(tl.int64)[None, :] * stride_gn
     total = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    for h in range(heads):
-        h = tl.cast(h, tl.int64)
+    for i in range(heads):
+        h = tl.cast(i, tl.int64)
         plane = grad + b * stride_gb + h * stride_gh
         g = tl.load(plane + cells, mask=valid, other=0.0).to(tl.float32)  # nothing is read where no cell is valid
         total += g

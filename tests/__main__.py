@@ -59,5 +59,5 @@ def compile_only(versions: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--triton"]:
-        sys.exit(compile_only(sys.argv[2:] or ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]))
+        sys.exit(compile_only(sys.argv[2:] or ["3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0"]))
     sys.exit(both_processes(sys.argv[1:]))

@@ -80,14 +80,15 @@ def compiling_for(chip: str) -> Iterator[list[Compiled]]:
         compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
 
     reports: list[Compiled] = []
-    before = driver._active
+    active = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.5
+    before = getattr(driver, active)
     driver.set_active(_NamedDriver(chip))
     JITFunction.run = compile_only
     try:
         yield reports
     finally:
         JITFunction.run = launch
-        driver._active = before  # reset_active() would look for a real one
+        setattr(driver, active, before)  # reset_active() would look for a real one
     reports += [_report(kernel) for kernel in compiled]
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from packaging.version import Version
 
 import flashpointer as fp
 
@@ -44,6 +45,15 @@ def _param(place: Place, *more: object) -> object:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRETED:
+        import numpy
+        import triton
+
+        if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
+            raise pytest.UsageError(
+                f"the interpreter of Triton {triton.__version__} cannot run with NumPy {numpy.__version__}: "
+                "install 'numpy<2.4', or Triton 3.7 or later"
+            )
     # Inductor finds what it once compiled by the graph alone: not what another version of an op returned to it.
     folder = TemporaryDirectory(prefix="inductor-")
     config.add_cleanup(folder.cleanup)

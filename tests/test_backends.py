@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +15,8 @@ import flashpointer as fp
 from flashpointer import backends
 
 from .conftest import CUDA, INTERPRETED
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -26,13 +30,36 @@ def test_the_rule() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert backends.explain(cpu, dtype)[0] == "tiled"
-        assert backends.explain(gpu, dtype)[0] == ("triton" if backends._TRITON_INSTALLED else "tiled")
+        assert backends.explain(gpu, dtype)[0] == ("triton" if backends._NO_TRITON is None else "tiled")
     assert backends.explain(gpu, torch.float64)[0] == "tiled"
 
 
 def test_without_triton_a_gpu_is_served_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_TRITON_INSTALLED", False)
+    monkeypatch.setattr(backends, "_NO_TRITON", "Triton is not installed")
     assert backends.explain(torch.device("cuda"), torch.float32) == ("tiled", "Triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("version", ["3.2.0", "2.3.1", "3.2.0+git4b3bb1f8"])
+def test_an_old_triton_is_not_used(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, reason = torch.device("cuda"), f"Triton {version} is installed, and the kernels need 3.3 or later"
+    monkeypatch.setattr(backends.metadata, "version", {"triton": version}.__getitem__)
+    monkeypatch.setattr(backends, "_NO_TRITON", backends._why_no_triton())
+    assert backends.explain(gpu, torch.float32) == ("tiled", reason)
+    with fp.use_backend("triton"), pytest.raises(ValueError, match=re.escape(reason)):
+        backends.explain(gpu, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("version", ["3.3.0", "3.10.0", "4.0.0+gitf9cdf582", None])
+def test_a_new_triton_is_used(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(distribution: str) -> str:
+        if version is None or distribution != "pytorch-triton":  # as that of a nightly PyTorch is called
+            raise backends.metadata.PackageNotFoundError(distribution)
+        return version
+
+    monkeypatch.setattr(backends.metadata, "version", found)
+    assert backends._why_no_triton() is None
 
 
 def test_use_backend_nests_and_restores() -> None:
@@ -97,7 +124,7 @@ class NoTriton(importlib.machinery.PathFinder):
 
 sys.meta_path = [NoTriton if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 import torch, flashpointer as fp
-assert not fp.backends._TRITON_INSTALLED
+assert fp.backends._NO_TRITON == "Triton is not installed"
 scores = torch.randn(2, 5, requires_grad=True)
 fp.zlpr_loss(scores, scores > 0).backward()
 print(scores.grad.shape, fp.backends.explain(torch.device("cuda"), torch.float32))

@@ -11,16 +11,33 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from types import ModuleType
 
 import torch
 
 BACKENDS = ("reference", "tiled", "triton")
+OLDEST_TRITON = (3, 3)  # 3.2 dies of a floating point exception while it compiles a kernel
+
+
+def _why_no_triton() -> str | None:
+    """Found without importing it, which takes long. A Triton that no metadata tell of is taken to be new enough."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        with suppress(metadata.PackageNotFoundError):
+            version = metadata.version(distribution)
+            if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+                oldest = ".".join(map(str, OLDEST_TRITON))
+                return f"Triton {version} is installed, and the kernels need {oldest} or later"
+    return None
+
 
 # Read once: Triton itself reads its variable when it is imported, and a compiled graph cannot watch the environment.
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_NO_TRITON = _why_no_triton()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHECK_INDICES = os.environ.get("FLASHPOINTER_CHECK") == "1"
 
@@ -29,8 +46,8 @@ _forced: str | None = None
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the Triton kernels cannot serve ``dtype`` on ``device``, or None where they can."""
-    if not _TRITON_INSTALLED:
-        return "Triton is not installed"
+    if _NO_TRITON is not None:
+        return _NO_TRITON
     if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
         return "the kernels run on CUDA devices"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):

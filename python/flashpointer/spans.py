@@ -150,7 +150,7 @@ def to_dense(spans: torch.Tensor, batch: int, heads: int, length: int, dtype: to
     if spans.dim() != 2 or spans.shape[1] != 4:
         raise ValueError(f"{op}: spans must be [spans, 4]; got {_checks.describe(spans)}")
     for name, size in sizes.items():
-        if not isinstance(size, int | torch.SymInt):
+        if not isinstance(size, (int, torch.SymInt)):  # a union is none to torch.compile in PyTorch 2.8
             raise TypeError(f"{op}: {name} takes an int; got {_checks.describe(size)}")
         if size < 0:
             raise ValueError(f"{op}: {name} takes 0 or more; got {size}")
