@@ -46,15 +46,13 @@ _forced: str | None = None
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the Triton kernels cannot serve ``dtype`` on ``device``, or None where they can."""
-    if _NO_TRITON is not None:
-        return _NO_TRITON
     if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
         return "the kernels run on CUDA devices"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return "the kernels compute in float32 and take float16, bfloat16 and float32"
     if _INTERPRETED and dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly"
-    return None
+    return _NO_TRITON
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
