@@ -37,13 +37,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 # --- the committed files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", evidence.curves())
+MISSED = pytest.mark.xfail(strict=True, reason="3.7e-4, and eager on two threads 5.3e-4: docs/evidence.md")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MISSED if name == "germeval2014-2e-4" else ()) for name in evidence.CURVES]
+)
 def test_the_fused_loss_follows_the_eager_one(name: str) -> None:
-    apart, limit = evidence.differences(name), 1e-4
-    if not name.endswith(evidence.RATES[0]):  # but no closer than the eager one follows itself
-        limit = max(limit, *evidence.differences(name, evidence.CONTROL))
+    apart = evidence.differences(name)
     assert len(apart) == 100
-    assert max(apart) < limit
+    assert max(apart) < 1e-4
 
 
 def test_the_page_says_what_the_files_say() -> None:

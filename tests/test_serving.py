@@ -209,7 +209,7 @@ def test_a_fresh_process(tmp_path: Path, plain: bool) -> None:
     torch.export.save(program, tmp_path / "program.pt2")
     serve(tmp_path / "program.pt2", module, EXPORTED, imported=not plain)
     if not plain:
-        with pytest.raises(AssertionError, match="Traceback"):  # in words of each version's own
+        with pytest.raises(AssertionError, match="deserializ"):
             serve(tmp_path / "program.pt2", module, EXPORTED, imported=False)
 
 
