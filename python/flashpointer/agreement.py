@@ -4,7 +4,8 @@ The oracle is the eager formula (``reference``) in float64, on the same inputs. 
 the eager formula in the op's own dtype is off, plus an epsilon: 1e-6 for what is computed in float32 and 1e-13 in
 float64, and for gradients in float16 and bfloat16 the spacing of these types. ``pointer_loss`` of such inputs is
 allowed an eighth of it: its kernels round the turned q and k, and the operands of their matrix products, once more.
-A loss is allowed what the oracle itself may be off, which matters to float64 alone.
+A loss is allowed what the oracle itself may be off, which matters to float64 alone; scores that are less than the
+terms they sum, the rounding of these.
 """
 
 from __future__ import annotations
@@ -58,14 +59,16 @@ def compare(
     eager = run(getattr(reference, op), inputs, differentiate, upstream)
     ours = run(getattr(flashpointer, op), inputs, differentiate, upstream)
     least = torch.finfo(inputs["q"].dtype).eps / 8 if op == "pointer_loss" else 0.0
+    epsilons = [max(_epsilon(x.dtype), least) for x in ours]
+    if op == "pointer_scores":
+        epsilons[0] *= cancellation(oracle[0], score_terms(inputs))
+    else:
+        epsilons[0] = max(epsilons[0], _oracle_error(oracle[0]))
     return [
-        Agreement(
-            what,
-            relative_error(x, truth),
-            relative_error(baseline, truth),
-            max(_epsilon(x.dtype), least, _oracle_error(truth) if what == "loss" else 0.0),
+        Agreement(what, relative_error(x, truth), relative_error(baseline, truth), epsilon)
+        for what, x, baseline, truth, epsilon in zip(
+            ("loss", *differentiate), ours, eager, oracle, epsilons, strict=True
         )
-        for what, x, baseline, truth in zip(("loss", *differentiate), ours, eager, oracle, strict=True)
     ]
 
 
@@ -94,6 +97,24 @@ def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
         return float("inf")
     difference, size = (x - truth)[finite].norm().item(), truth[finite].norm().item()
     return float(difference / max(size, _LEAST_EXACT) if size > 0 else difference)
+
+
+def score_terms(inputs: dict[str, Any]) -> torch.Tensor:
+    """Of each of the ``pointer_scores`` the norm of the terms it sums, in float64. Terms of independent signs sum to
+    about as much; a score may by chance be far less, but is rounded as they are."""
+    squares = {
+        name: x.square() if name in ("q", "k", "start", "end") and x is not None else x
+        for name, x in _cast(inputs, torch.float64).items()
+    }
+    scale = inputs["q"].shape[-1] ** -0.5 if inputs.get("scale") is None else inputs["scale"]
+    return reference.pointer_scores(**{**squares, "rope": False, "scale": scale**2}).clamp(min=0).sqrt()
+
+
+def cancellation(scores: torch.Tensor, terms: torch.Tensor) -> float:
+    """How many times as large as the scores their terms are, in norm, both where the scores are finite; at least 1."""
+    finite = scores.isfinite()
+    size = scores[finite].norm().item()
+    return max(1.0, terms[finite].norm().item() / size) if size > 0 else 1.0
 
 
 def _oracle_error(loss: torch.Tensor) -> float:
