@@ -24,8 +24,8 @@ SHAPES = [(1, 1, 1, 2), (2, 3, 20, 8), (1, 4, 70, 20), (1, 40, 33, 6)]
 FULL_SHAPES = [(2, 10, 300, 64), (1, 100, 130, 256), (1, 3, 700, 64), (20, 9, 64, 64)]
 
 
-# On a CPU: of one sentence and 16 tokens, and of 5 direct rows at a time.
-SMALL_TILES = patch.multiple(tiles, CELLS=200, HEIGHT=16)
+# On a CPU: of one sentence and 16 tokens, and of 5 direct rows at a time; forward keeps the first of them for backward.
+SMALL_TILES = patch.multiple(tiles, CELLS=200, HEIGHT=16, KEPT=4000)
 
 
 def some_spans(shape: tuple[int, int, int, int], count: int, device: str) -> torch.Tensor:
@@ -234,17 +234,19 @@ EXTREMES = [
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", EXTREMES)
-def test_extremes(place: Place, name: str, shared: bool) -> None:
-    shape = (2, 3, 40, 16)
-    agree({**extreme(name, problem(shape, shared, device=place.device)), "reduction": "none"}, at_most=2e-3)
+def test_extremes(place: Place, name: str, reduction: str, shared: bool) -> None:
+    inputs = extreme(name, problem((2, 3, 40, 16), shared, device=place.device))
+    agree({**inputs, "reduction": reduction}, at_most=2e-3)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("name", EXTREMES)
-def test_extremes_in_small_tiles(name: str, shared: bool) -> None:
+def test_extremes_in_small_tiles(name: str, reduction: str, shared: bool) -> None:
     with SMALL_TILES:
-        agree({**extreme(name, problem((2, 3, 40, 16), shared)), "reduction": "none"}, at_most=2e-3)
+        agree({**extreme(name, problem((2, 3, 40, 16), shared)), "reduction": reduction}, at_most=2e-3)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
@@ -307,7 +309,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "rope": draw(st.booleans()),
         "tril_mask": draw(st.booleans()),
         "max_width": draw(st.sampled_from([None, 1, 5, 100])),
-        "reduction": "none",
+        "reduction": draw(st.sampled_from(["none", "sum", "mean"])),
     }
 
 
@@ -341,6 +343,18 @@ def test_gradcheck(shared: bool, soft: bool) -> None:
         return fp.pointer_loss(q, k, inputs["spans"], start, end, **options)
 
     assert torch.autograd.gradcheck(loss, values)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_retained_graph_gives_the_same_gradient_again(place: Place, reduction: str) -> None:
+    inputs = problem((2, 3, 20, 8), device=place.device)
+    leaves = [inputs[name].requires_grad_() for name in differentiable(inputs)]
+    loss = fp.pointer_loss(**inputs, reduction=reduction)
+    upstream = torch.full_like(loss, 0.3)
+    first, second = (torch.autograd.grad(loss, leaves, x * upstream, retain_graph=True) for x in (1, 2))
+    for x, y in zip(first, second, strict=True):
+        assert relative_error(y, 2 * x) < 1e-6
+        assert x.abs().max() > 0
 
 
 def test_only_what_needs_a_gradient_gets_one(place: Place) -> None:
@@ -413,6 +427,8 @@ def test_opcheck(place: Place, shared: bool) -> None:
     ops = torch.ops.flashpointer
     for reduction in ("none", "mean"):
         torch.library.opcheck(ops.pointer_loss.default, (*values, *rest, reduction, place.backend))
+    if place.backend == "tiled":
+        torch.library.opcheck(ops.pointer_loss_with_gradient.default, (*values, *rest, "mean"))
     _, *saved = (x.detach() for x in ops.pointer_loss(*values, *rest, "none", place.backend))
     biases = [x.detach() for x in values[2:]]
     upstream = torch.rand(2, 3, device=place.device)
@@ -441,10 +457,26 @@ def test_fullgraph(place: Place, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_memory_is_linear(device: str) -> None:
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_memory_is_linear(device: str, reduction: str) -> None:
     """Forward and backward of 64 heads on 2,048 tokens: the scores alone would take 1 GB."""
-    inputs = problem((1, 64, 2048, 64), device=device, count=50)
+    inputs = {**problem((1, 64, 2048, 64), device=device, count=50), "reduction": reduction}
     assert peak(fp.pointer_loss, inputs, differentiable(inputs), device) < 100e6
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 512, 64), (1, 2, 4096, 16)], ids=str)
+def test_what_forward_keeps_for_backward_has_its_limit(shape: tuple[int, int, int, int]) -> None:
+    """Where every row is listed, and in a long sentence: each would fill 32 MiB and more."""
+    inputs, (_, H, N, _) = problem(shape), shape
+    if H > 2:
+        h, m = torch.meshgrid(torch.arange(H), torch.arange(N), indexing="ij")
+        inputs["spans"] = torch.stack([0 * h, h, m, m], -1).view(-1, 4)
+    alone, kept = (
+        peak(fp.pointer_loss, {**inputs, "reduction": reduction}, differentiable(inputs), "cpu")
+        for reduction in ("none", "mean")
+    )
+    assert alone < 12 * 2**20
+    assert kept < alone + 4 * tiles.KEPT
 
 
 @pytest.mark.gpu

@@ -73,11 +73,20 @@ def pointer_loss(
             q, k, spans, start, end, mask=mask, rope=rope, tril_mask=tril_mask, max_width=max_width, scale=scale,
             positions=positions, span_labels=span_labels, reduction=reduction,
         )  # fmt: skip
-    loss: torch.Tensor = _op(
+    arguments = (
         q, k, start, end, spans, span_labels, mask, positions, rope, tril_mask, max_width, scale, heads, reduction,
-        backend,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    loss: torch.Tensor
+    # With one upstream gradient for all, tiles compute their gradients in forward.
+    if backend == "tiled" and reduction != "none" and _wants_gradient(q, k, start, end):
+        loss = _op_with_gradient(*arguments)[0]
+    else:
+        loss = _op(*arguments, backend)[0]
     return loss
+
+
+def _wants_gradient(*inputs: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _check_spans(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor) -> None:
@@ -154,6 +163,10 @@ def _fake(
     return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in outputs.values())
 
 
+def _share(reduction: str, planes: torch.Size) -> float:
+    return 1.0 / max(1, planes.numel()) if reduction == "mean" else 1.0
+
+
 def _compute_backward(
     upstream: torch.Tensor, saved: list[torch.Tensor], start: torch.Tensor | None, end: torch.Tensor | None,
     mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None,
@@ -162,9 +175,10 @@ def _compute_backward(
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     module = backends.implementation(OP, backend)
     planes = saved[6].shape[1:]
-    share = 1.0 / max(1, planes.numel()) if reduction == "mean" else 1.0
     with torch.autocast(upstream.device.type, enabled=False):
-        grads = module.backward(upstream.expand(planes), share, module.Saved(*saved), start, end, dtype, problem)
+        grads = module.backward(
+            upstream.expand(planes), _share(reduction, planes), module.Saved(*saved), start, end, dtype, problem
+        )
     d_q, d_k, d_start, d_end = grads
     return d_q, d_k, d_start, d_end
 
@@ -215,4 +229,58 @@ _op = _rows.register(
     _fake,
     _setup_context,
     _backward,
+)
+
+
+# --- the loss whose forward computes the gradients -----------------------------------------------------------------
+
+
+def _compute_with_gradient(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
+    span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
+    tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    _check_values(spans, span_labels, q, heads)
+    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        losses, (d_q, d_k, d_start, d_end) = backends.implementation(OP, "tiled").forward_and_backward(
+            *_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem,
+            _share(reduction, torch.Size((len(q), heads))),
+        )  # fmt: skip
+    return _rows.reduce(losses, losses.shape, reduction), d_q.view(q.shape), d_k.view(q.shape), d_start, d_end
+
+
+def _fake_with_gradient(
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
+    span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
+    tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    of_heads = (len(q), heads, q.shape[-2])
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return tuple(q.new_empty(shape, dtype=dtype) for shape in ((), q.shape, q.shape, of_heads, of_heads))
+
+
+def _setup_context_with_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward_with_gradient(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    _rows.refuse_second_derivative(OP)
+    if upstream is None:
+        return (None,) * 14
+    needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
+    return (*((grad * upstream).to(ctx.dtype) if need else None for grad, need in needed), *(None,) * 10)
+
+
+_op_with_gradient = _rows.register(
+    "pointer_loss_with_gradient(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor spans, Tensor? span_labels,"
+    " Tensor? mask, Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, SymInt heads,"
+    " str reduction) -> (Tensor loss, Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
+    _compute_with_gradient,
+    _fake_with_gradient,
+    _setup_context_with_gradient,
+    _backward_with_gradient,
 )

@@ -12,7 +12,7 @@ their products from the tile.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from ._rotary import rotated, rotated_back
 
 # To a tile, at most: 1 MiB in float32, for two such buffers are to stay in cache.
 CELLS = 1 << 18
+# What the first sweep leaves to the second, at most: 8 MiB in float32, however long the sentences are.
+KEPT = 8 * CELLS
 # Start tokens to a tile, at least.
 HEIGHT = 64
 # A term that underflows in a row of this bound is e^37 times smaller than the 1 inside the logarithm.
@@ -56,6 +58,42 @@ def forward(
     problem: Any,
 ) -> tuple[torch.Tensor, Saved]:
     """As ``kernels.pointer_loss.forward``; float64 is computed in float64."""
+    losses, saved, _ = _forward(q, k, start, end, spans, span_labels, heads, problem, 0)
+    return losses, saved
+
+
+def forward_and_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: torch.Tensor | None,
+    end: torch.Tensor | None,
+    spans: torch.Tensor,
+    span_labels: torch.Tensor | None,
+    heads: int,
+    problem: Any,
+    share: float,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The losses of ``forward``, and the gradients of their sum times ``share``.
+
+    One after the other takes a fifth longer: what the first sweep has in hand the second need not compute again.
+    """
+    losses, saved, kept = _forward(q, k, start, end, spans, span_labels, heads, problem, KEPT)
+    upstream = losses.new_ones(()).expand_as(losses)
+    return losses, backward(upstream, share, saved, start, end, losses.dtype, problem, kept)
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: torch.Tensor | None,
+    end: torch.Tensor | None,
+    spans: torch.Tensor,
+    span_labels: torch.Tensor | None,
+    heads: int,
+    problem: Any,
+    room: int,
+) -> tuple[torch.Tensor, Saved, _Kept | None]:
+    """``room`` is the number of cells to keep for backward."""
     # Copies at least: what an op returns must not be what it was given.
     q, k = (rotated(x if problem.rope else x.clone(), problem) for x in (q, k))
     q.mul_(problem.scale)
@@ -65,14 +103,14 @@ def forward(
     pivots, rows = q.new_zeros((batch, own_heads, length)), torch.full_like(start, -torch.inf)
     log_sums = q.new_zeros((2, batch, heads))
     if rows.numel() == 0:
-        return log_sums.sum(0), Saved(q, k, start.clone(), end.clone(), pivots, rows, log_sums, cells, labels)
+        return log_sums.sum(0), Saved(q, k, start.clone(), end.clone(), pivots, rows, log_sums, cells, labels), None
     largest = end.amax(-1, keepdim=True).clamp_(min=torch.finfo(end.dtype).min)
     exponents, values = start + largest, (end - largest).exp_()
     saved = Saved(q, k, exponents, values, pivots, rows, log_sums, cells, labels)
 
     group, direct = _by_group(saved), _direct(saved, start, end)
     exponents.view(-1).index_fill_(0, direct.rows, -torch.inf)
-    scores = torch.empty_like(direct.log_rest)
+    scores, kept = torch.empty_like(direct.log_rest), _Kept(direct, [])
     for tile in _tiles(group, problem):
         g, r, c, _ = tile
         products, p = _products(group, tile)
@@ -80,15 +118,22 @@ def forward(
         bounds = group.exponents[g, :, r] + pivot.unsqueeze(1)
         group.pivots[g, 0, r] = pivot
         group.rows[g, :, r] = torch.bmm(group.values[g, :, c], p.mT).log_().add_(bounds)
+        room -= p.numel()
+        blocks = []
         for block in direct.blocks(tile, products, bounds if _unsafe(bounds) else None):
             scores[block.listed] = block.scores.view(-1).index_select(0, block.at)
-            rows.view(-1).index_copy_(0, block.rows, direct.negatives(block).logsumexp(-1))
+            rows.view(-1).index_copy_(0, block.rows, direct.negatives(block).scores.logsumexp(-1))
+            room -= block.scores.numel()
+            if room >= 0:
+                blocks.append(block)
+        if room >= 0:
+            kept.tiles.append((p, blocks))
     log_sums[0] = softplus(rows.logsumexp(-1), threshold=SAFE_BOUND)
     positives = labels[1, : len(scores)]
     # A score of -inf is that of a cell which leaves both terms.
     torch.sub(labels[0, : len(scores)].log(), scores, out=positives).masked_fill_(scores == -torch.inf, -torch.inf)
     log_sums[1] = _log_one_plus_sums(positives, direct.planes, batch * heads).view(batch, heads)
-    return log_sums.sum(0), saved
+    return log_sums.sum(0), saved, kept
 
 
 def backward(
@@ -99,6 +144,7 @@ def backward(
     end: torch.Tensor | None,
     dtype: torch.dtype,
     problem: Any,
+    kept: _Kept | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``kernels.pointer_loss.backward``."""
     q, k, rows, log_sums, labels = saved.q, saved.k, saved.rows, saved.log_sums, saved.labels
@@ -109,8 +155,10 @@ def backward(
     d_start = (rows - negative_sums).exp_().mul_(upstream)
     if rows.numel() == 0:
         return d_q.to(dtype), d_k.to(dtype), d_start.to(dtype), d_end.to(dtype)
-    start, end = (biases(bias, batch, heads, length, problem, q) for bias in (start, end))
-    group, direct = _by_group(saved), _direct(saved, start, end)
+    if kept is None:
+        start, end = (biases(bias, batch, heads, length, problem, q) for bias in (start, end))
+        kept = _Kept(_direct(saved, start, end), [])
+    group, direct = _by_group(saved), kept.direct
     bounds = group.exponents + group.pivots
     of_group = (*bounds.shape[:2], 1)
     a = (bounds - negative_sums.view(of_group)).exp_().mul_(upstream.view(of_group))
@@ -122,14 +170,14 @@ def backward(
     taken.exp_().mul_(upstream.view(-1).index_select(0, direct.planes))
     d_start.view(-1).index_add_(0, direct.rows.index_select(0, direct.ranks), taken, alpha=-1)
     d_q_by_group, d_k_by_group, d_end_by_group = d_q.view_as(group.q), d_k.view_as(group.k), d_end.view_as(group.rows)
-    for tile in _tiles(group, problem):
+    for i, tile in enumerate(_tiles(group, problem)):
         g, r, c, _ = tile
-        products, p = _products(group, tile)
+        p, blocks = kept.tiles[i] if i < len(kept.tiles) else _again(group, direct, tile, bounds if unsafe else None)
         a_of_tile, values_of_tile = a[g, :, r], group.values[g, :, c]
         d_end_by_group[g, :, c].add_(torch.bmm(a_of_tile, p).mul_(values_of_tile))
         d_products = p.mul_(torch.bmm(a_of_tile.mT, values_of_tile))
-        for block in direct.blocks(tile, products, bounds[g, :, r] if unsafe else None):
-            weights = direct.negatives(block).sub_(negative_sums.index_select(0, block.planes)).exp_()
+        for block in blocks:
+            weights = block.scores.sub_(negative_sums.index_select(0, block.planes)).exp_()
             weights.mul_(upstream.index_select(0, block.planes))
             weights.view(-1).index_add_(0, block.at, taken[block.listed], alpha=-1)
             d_end.view(-1, length)[:, c].index_add_(0, block.planes, weights)
@@ -256,10 +304,26 @@ class _Direct(NamedTuple):
             at = torch.add(self.ends[listed], self.ranks[listed], alpha=width).sub_(c.start + rank * width)
             yield _Block(rows, planes, places, scores, listed, at)
 
-    def negatives(self, block: _Block) -> torch.Tensor:
-        """Its scores + log(1 - label), in their place."""
+    def negatives(self, block: _Block) -> _Block:
+        """With scores + log(1 - label) in the place of its scores."""
         block.scores.view(-1).index_add_(0, block.at, self.log_rest[block.listed])
-        return block.scores
+        return block
+
+
+class _Kept(NamedTuple):
+    """What the first sweep leaves to one that follows at once."""
+
+    direct: _Direct
+    tiles: list[tuple[torch.Tensor, Iterable[_Block]]]  # of the first ones P, and the blocks with their negatives
+
+
+def _again(
+    group: Saved, direct: _Direct, tile: Tile, bounds: torch.Tensor | None
+) -> tuple[torch.Tensor, Iterable[_Block]]:
+    """P of a tile, and its blocks with their negatives."""
+    g, r, _, _ = tile
+    products, p = _products(group, tile)
+    return p, map(direct.negatives, direct.blocks(tile, products, None if bounds is None else bounds[g, :, r]))
 
 
 def _direct(saved: Saved, start: torch.Tensor, end: torch.Tensor) -> _Direct:
