@@ -272,7 +272,8 @@ def _backward_with_gradient(ctx: Any, upstream: torch.Tensor | None, *_: None) -
     if upstream is None:
         return (None,) * 14
     needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
-    return (*((grad * upstream).to(ctx.dtype) if need else None for grad, need in needed), *(None,) * 10)
+    grads = (_rows.scaled(grad, upstream, 1.0, "tiled").to(ctx.dtype) if need else None for grad, need in needed)
+    return (*grads, *(None,) * 10)
 
 
 _op_with_gradient = _rows.register(
