@@ -120,18 +120,24 @@ def register_with_gradient(op: str, labels: str, extra: str, check: Callable[...
 
     def backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative(op)
-        grad = None if upstream is None else scaled(ctx.saved_tensors[0], upstream, ctx.factor, ctx.backend)
+        grad = None if upstream is None else _stored_gradient(ctx, upstream)
         return (grad, *[None] * (ctx.arguments - 1))
 
     schema = f"Tensor scores, Tensor {labels}, Tensor? mask, str reduction, bool with_grad, str backend{extra}"
     return register(f"{op}({schema}) -> (Tensor loss, Tensor grad)", compute, fake, setup_context, backward)
 
 
-def scaled(grad: torch.Tensor, upstream: torch.Tensor, factor: float, backend: str) -> torch.Tensor:
-    """A saved gradient times the upstream one: in place, not at all where that is 1, if nobody asks for it again."""
-    traced = type(grad) is not torch.Tensor  # by AOTAutograd, which takes no mutation here and fuses the product
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        product: torch.Tensor = grad * (upstream * factor).unsqueeze(-1)
-        return product.to(grad.dtype)
-    backends.implementation("scale_rows", backend).scale_(grad, upstream, factor)
+def _stored_gradient(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+    """The saved gradient times the upstream one: in place, not at all where that is 1, if nobody asks for it again."""
+    grad: torch.Tensor = ctx.saved_tensors[0]
+    if wanted_again(grad):
+        scaled: torch.Tensor = grad * (upstream * ctx.factor).unsqueeze(-1)
+        return scaled.to(grad.dtype)
+    backends.implementation("scale_rows", ctx.backend).scale_(grad, upstream, ctx.factor)
     return grad
+
+
+def wanted_again(grad: torch.Tensor) -> bool:
+    """Whether a backward with this gradient must leave as they are the tensors that forward saved."""
+    traced = type(grad) is not torch.Tensor  # by AOTAutograd, which takes no mutation here and fuses the product
+    return traced or torch._C._autograd._get_current_graph_task_keep_graph()

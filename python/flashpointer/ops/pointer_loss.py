@@ -271,9 +271,10 @@ def _backward_with_gradient(ctx: Any, upstream: torch.Tensor | None, *_: None) -
     _rows.refuse_second_derivative(OP)
     if upstream is None:
         return (None,) * 14
-    needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
-    grads = (_rows.scaled(grad, upstream, 1.0, "tiled").to(ctx.dtype) if need else None for grad, need in needed)
-    return (*grads, *(None,) * 10)
+    grads = ctx.saved_tensors
+    scale = torch.Tensor.mul if _rows.wanted_again(grads[0]) else torch.Tensor.mul_
+    needed = zip(grads, ctx.needs_input_grad[:4], strict=True)
+    return (*(scale(grad, upstream).to(ctx.dtype) if need else None for grad, need in needed), *(None,) * 10)
 
 
 _op_with_gradient = _rows.register(
