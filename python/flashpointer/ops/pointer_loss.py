@@ -77,7 +77,8 @@ def pointer_loss(
         q, k, start, end, spans, span_labels, mask, positions, rope, tril_mask, max_width, scale, heads, reduction,
     )  # fmt: skip
     loss: torch.Tensor
-    # With one upstream gradient for all, tiles compute their gradients in forward.
+    # Where one upstream gradient scales them all, forward can compute the gradients: on tiles, which have cells at hand
+    # and compute in float32. Kernels keep no cell, and a gradient in float16 underflows before AMP has scaled it.
     if backend == "tiled" and reduction != "none" and _wants_gradient(q, k, start, end):
         loss = _op_with_gradient(*arguments)[0]
     else:
