@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashpointer as fp
-from flashpointer.agreement import compare, relative_error, run
+from flashpointer.agreement import cancellation, compare, relative_error, run, score_terms
 
 from .conftest import INTERPRETED, Place
 
@@ -86,6 +86,16 @@ def test_agrees_with_float64(
         pytest.skip("too large for the interpreter")
     mask = holes(shape[0], shape[2], place.device)
     agree({**tensors(shape, shared, dtype, place.device), "mask": mask, **options})
+
+
+def test_more_is_allowed_only_where_terms_cancel() -> None:
+    inputs = tensors((2, 9, 70, 20), True, torch.float64, "cpu")
+    assert cancellation(fp.reference.pointer_scores(**inputs), score_terms(inputs)) < 1.1
+    inputs = tensors((1, 1, 1, 2), True, torch.float64, "cpu")
+    product = fp.reference.pointer_scores(inputs["q"], inputs["k"]).squeeze(-1)
+    inputs["start"], inputs["end"] = torch.full_like(product, 100.0), 1.0 - product - 100.0
+    ratio = cancellation(fp.reference.pointer_scores(**inputs), score_terms(inputs))  # of a score of 1
+    assert 100 < ratio < 200
 
 
 def test_float32_scores_are_within_1e_5(place: Place) -> None:

@@ -243,11 +243,12 @@ def _compute_with_gradient(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     _check_values(spans, span_labels, q, heads)
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
+    tiled = backends.implementation(OP, "tiled")
+    kept = tiled.Kept(tiled.KEPT)
     with torch.autocast(q.device.type, enabled=False):
-        losses, (d_q, d_k, d_start, d_end) = backends.implementation(OP, "tiled").forward_and_backward(
-            *_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem,
-            _share(reduction, torch.Size((len(q), heads))),
-        )  # fmt: skip
+        losses, saved = tiled.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem, kept)
+        upstream, share = losses.new_ones(()).expand_as(losses), _share(reduction, losses.shape)
+        d_q, d_k, d_start, d_end = tiled.backward(upstream, share, saved, start, end, losses.dtype, problem, kept)
     return _rows.reduce(losses, losses.shape, reduction), d_q.view(q.shape), d_k.view(q.shape), d_start, d_end
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ._rotary import rotated, rotated_back
 
 # To a tile, at most: 1 MiB in float32, for two such buffers are to stay in cache.
 CELLS = 1 << 18
-# What the first sweep leaves to the second, at most: 8 MiB in float32, however long the sentences are.
+# What forward keeps for a backward that follows at once, at most: 8 MiB in float32, however long the sentences are.
 KEPT = 8 * CELLS
 # Start tokens to a tile, at least.
 HEIGHT = 64
@@ -56,44 +57,10 @@ def forward(
     span_labels: torch.Tensor | None,
     heads: int,
     problem: Any,
+    kept: Kept | None = None,
 ) -> tuple[torch.Tensor, Saved]:
-    """As ``kernels.pointer_loss.forward``; float64 is computed in float64."""
-    losses, saved, _ = _forward(q, k, start, end, spans, span_labels, heads, problem, 0)
-    return losses, saved
-
-
-def forward_and_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    start: torch.Tensor | None,
-    end: torch.Tensor | None,
-    spans: torch.Tensor,
-    span_labels: torch.Tensor | None,
-    heads: int,
-    problem: Any,
-    share: float,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The losses of ``forward``, and the gradients of their sum times ``share``.
-
-    One after the other takes a fifth longer: what the first sweep has in hand the second need not compute again.
-    """
-    losses, saved, kept = _forward(q, k, start, end, spans, span_labels, heads, problem, KEPT)
-    upstream = losses.new_ones(()).expand_as(losses)
-    return losses, backward(upstream, share, saved, start, end, losses.dtype, problem, kept)
-
-
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    start: torch.Tensor | None,
-    end: torch.Tensor | None,
-    spans: torch.Tensor,
-    span_labels: torch.Tensor | None,
-    heads: int,
-    problem: Any,
-    room: int,
-) -> tuple[torch.Tensor, Saved, _Kept | None]:
-    """``room`` is the number of cells to keep for backward."""
+    """As ``kernels.pointer_loss.forward``; float64 is computed in float64. ``kept`` is filled for backward."""
+    kept = Kept(room=0) if kept is None else kept
     # Copies at least: what an op returns must not be what it was given.
     q, k = (rotated(x if problem.rope else x.clone(), problem) for x in (q, k))
     q.mul_(problem.scale)
@@ -103,14 +70,14 @@ def _forward(
     pivots, rows = q.new_zeros((batch, own_heads, length)), torch.full_like(start, -torch.inf)
     log_sums = q.new_zeros((2, batch, heads))
     if rows.numel() == 0:
-        return log_sums.sum(0), Saved(q, k, start.clone(), end.clone(), pivots, rows, log_sums, cells, labels), None
+        return log_sums.sum(0), Saved(q, k, start.clone(), end.clone(), pivots, rows, log_sums, cells, labels)
     largest = end.amax(-1, keepdim=True).clamp_(min=torch.finfo(end.dtype).min)
     exponents, values = start + largest, (end - largest).exp_()
     saved = Saved(q, k, exponents, values, pivots, rows, log_sums, cells, labels)
 
     group, direct = _by_group(saved), _direct(saved, start, end)
     exponents.view(-1).index_fill_(0, direct.rows, -torch.inf)
-    scores, kept = torch.empty_like(direct.log_rest), _Kept(direct, [])
+    scores, kept.direct = torch.empty_like(direct.log_rest), direct
     for tile in _tiles(group, problem):
         g, r, c, _ = tile
         products, p = _products(group, tile)
@@ -118,22 +85,22 @@ def _forward(
         bounds = group.exponents[g, :, r] + pivot.unsqueeze(1)
         group.pivots[g, 0, r] = pivot
         group.rows[g, :, r] = torch.bmm(group.values[g, :, c], p.mT).log_().add_(bounds)
-        room -= p.numel()
+        kept.room -= p.numel()
         blocks = []
         for block in direct.blocks(tile, products, bounds if _unsafe(bounds) else None):
             scores[block.listed] = block.scores.view(-1).index_select(0, block.at)
             rows.view(-1).index_copy_(0, block.rows, direct.negatives(block).scores.logsumexp(-1))
-            room -= block.scores.numel()
-            if room >= 0:
+            kept.room -= block.scores.numel()
+            if kept.room >= 0:
                 blocks.append(block)
-        if room >= 0:
+        if kept.room >= 0:
             kept.tiles.append((p, blocks))
     log_sums[0] = softplus(rows.logsumexp(-1), threshold=SAFE_BOUND)
     positives = labels[1, : len(scores)]
     # A score of -inf is that of a cell which leaves both terms.
     torch.sub(labels[0, : len(scores)].log(), scores, out=positives).masked_fill_(scores == -torch.inf, -torch.inf)
     log_sums[1] = _log_one_plus_sums(positives, direct.planes, batch * heads).view(batch, heads)
-    return log_sums.sum(0), saved, kept
+    return log_sums.sum(0), saved
 
 
 def backward(
@@ -144,7 +111,7 @@ def backward(
     end: torch.Tensor | None,
     dtype: torch.dtype,
     problem: Any,
-    kept: _Kept | None = None,
+    kept: Kept | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``kernels.pointer_loss.backward``."""
     q, k, rows, log_sums, labels = saved.q, saved.k, saved.rows, saved.log_sums, saved.labels
@@ -155,9 +122,10 @@ def backward(
     d_start = (rows - negative_sums).exp_().mul_(upstream)
     if rows.numel() == 0:
         return d_q.to(dtype), d_k.to(dtype), d_start.to(dtype), d_end.to(dtype)
-    if kept is None:
+    kept = Kept(room=0) if kept is None else kept
+    if kept.direct is None:
         start, end = (biases(bias, batch, heads, length, problem, q) for bias in (start, end))
-        kept = _Kept(_direct(saved, start, end), [])
+        kept.direct = _direct(saved, start, end)
     group, direct = _by_group(saved), kept.direct
     bounds = group.exponents + group.pivots
     of_group = (*bounds.shape[:2], 1)
@@ -310,11 +278,14 @@ class _Direct(NamedTuple):
         return block
 
 
-class _Kept(NamedTuple):
-    """What the first sweep leaves to one that follows at once."""
+@dataclass
+class Kept:
+    """What a forward leaves to the backward that follows at once."""
 
-    direct: _Direct
-    tiles: list[tuple[torch.Tensor, Iterable[_Block]]]  # of the first ones P, and the blocks with their negatives
+    room: int  # for so many cells more
+    direct: _Direct | None = None
+    # of the first tiles P, and the blocks with their negatives
+    tiles: list[tuple[torch.Tensor, Iterable[_Block]]] = field(default_factory=list)
 
 
 def _again(
