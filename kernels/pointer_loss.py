@@ -94,6 +94,7 @@ from .zlpr_loss import FLOAT_MAX, log_term, pivot
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 SAFE_BOUND = tl.constexpr(50.0)
+MARK = tl.constexpr(2.0**120)
 COUNTED = 4096  # more spans are sorted by PyTorch, not by counting, whose time grows with their square
 SORTED = tl.constexpr(4)  # spans to a program that counts
 TURNED = 2048  # elements of q and of k to a program
@@ -233,7 +234,7 @@ def sum_listed(group, spans, within, shape, tile):
         p = p_first + tl.arange(0, GATHERED)
         rows = load_rows(group, spans, p, within[1], shape, tile)
         log_sums, listed = direct_log_sums(rows, group, shape, tile)
-        counts = (rows.repeated == 0) & (listed != float("-inf"))
+        counts = rows.counts & (listed != float("-inf"))
         own = tl.where(counts, log_rest(listed, rows.label), float("-inf"))
         either = tl.minimum(safe(tl.maximum(log_sums, own)), FLOAT_MAX)
         negatives = either + tl.log(tl.exp(log_sums - either) + tl.exp(own - either))
@@ -275,7 +276,7 @@ def add_exponents(m, S, x):
 
 @triton.jit
 def sum_spans(group, spans, within, h, shape):
-    """m_n, S_n, m_p, S_p of the listed spans of a head; in place of the sums of their rows -1."""
+    """m_n, S_n, m_p, S_p of the listed spans of a head; in place of the sums of their rows -inf."""
     m_n, S_n, m_p, S_p = 0.0, 0.0, 0.0, 0.0
     fields = tl.full([], 1, tl.int64)
     for p_first in range(within[0], within[1], LANES):
@@ -285,7 +286,7 @@ def sum_spans(group, spans, within, h, shape):
         m_n, S_n = add_exponents(m_n, S_n, tl.load(spans.negatives + p, mask=mine, other=float("-inf")))
         m_p, S_p = add_exponents(m_p, S_p, tl.load(spans.positives + p, mask=mine, other=float("-inf")))
         m = row >> spans.h_bits & ((fields << spans.n_bits) - 1)
-        tl.store(group.sums + tl.cast(h, tl.int64) * shape.padded + m, -1.0, mask=mine)
+        tl.store(group.sums + tl.cast(h, tl.int64) * shape.padded + m, float("-inf"), mask=mine)
     return m_n, S_n, m_p, S_p
 
 
@@ -297,8 +298,9 @@ def load_sums(group, h, m, shape):
     total = tl.load(group.sums + row + m, mask=inside, other=0.0)
     bound = tl.load(group.starts + row + m, mask=inside, other=float("-inf")) + tl.load(group.largest_ends + h)
     bound += tl.load(group.pivots + m, mask=inside, other=0.0) * LN2
-    bound = tl.where(total < 0, float("-inf"), bound)
-    return bound, total, bound > SAFE_BOUND
+    listed = total == float("-inf")
+    bound = tl.where(listed, float("-inf"), bound)
+    return bound, tl.where(listed, 0.0, total), bound > SAFE_BOUND
 
 
 @triton.jit
@@ -327,9 +329,9 @@ def sum_unsafe(group, h, count, shape, tile):
     for first in range(0, count, GATHERED):
         rows = load_unsafe(group, h, first + tl.arange(0, GATHERED), count, shape, tile)
         log_sums, _ = direct_log_sums(rows, group, shape, tile)
-        log_sums = tl.where(rows.live, log_sums, float("-inf"))
-        tl.store(group.sums + tl.cast(h, tl.int64) * shape.padded + rows.m, log_sums, mask=rows.live)
-        m_n, S_n = add_exponents(m_n, S_n, log_sums)
+        at = group.sums + tl.cast(h, tl.int64) * shape.padded + rows.m
+        tl.store(at, tl.where(log_sums == float("-inf"), -FLOAT_MAX, log_sums), mask=rows.live)  # -inf says listed
+        m_n, S_n = add_exponents(m_n, S_n, tl.where(rows.live, log_sums, float("-inf")))
     tl.debug_barrier()
     return m_n, S_n
 
@@ -581,22 +583,32 @@ def open_owned(group, left, first, h_first, shape, tile, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def mark(x):
+    """NaN as a number: to be multiplied by 0 without a trace, and found again in a sum of what is not that large."""
+    return tl.where(x == x, x, MARK)
+
+
+@triton.jit
+def unmark(x):
+    return tl.where(tl.abs(x) < MARK, x, float("nan"))
+
+
+@triton.jit
 def add_rows(owned, rows, terms, d_rows, group, shape, tile):
     """owned, with what direct rows, whose dq is d_rows, give to its tokens."""
     s = direct_scores(owned.k, owned.token, rows, group, shape, tile)
     dx = direct_weights(s, owned.token, rows, terms)  # [GATHERED, TOKENS]
-    d_k = tl.dot(
-        tl.trans(dx.to(tile.TABLE)), rows.q.to(tile.TABLE), acc=owned.d_k, input_precision=tile.PRECISION
-    )  # fmt: skip
-    at_heads = (owned.h[:, None] == rows.h[None, :]) & rows.live[None, :]  # [BACK_HEADS, GATHERED]
+    weights = tl.trans(dx.to(tile.TABLE))
+    d_k = tl.dot(weights, rows.q.to(tile.TABLE), acc=owned.d_k, input_precision=tile.PRECISION)
+    dx = mark(tl.where(rows.live[:, None], dx, 0.0))
     if tile.BACK_HEADS == 1:
-        d_end = owned.d_end + tl.sum(tl.where(rows.live[:, None], dx, 0.0), axis=0)[None, :]
+        d_end = owned.d_end + tl.sum(dx, axis=0)[None, :]
     else:
-        d_end = tl.dot(
-            at_heads.to(tile.TABLE), dx.to(tile.TABLE), acc=owned.d_end, input_precision=tile.PRECISION
-        )  # fmt: skip
+        at_heads = (owned.h[:, None] == rows.h[None, :]).to(tile.TABLE)  # [BACK_HEADS, GATHERED]
+        d_end = tl.dot(at_heads, dx.to(tile.TABLE), acc=owned.d_end, input_precision=tile.PRECISION)
     places = ((owned.token[:, None] == rows.m[None, :]) & rows.live[None, :]).to(tl.float32)  # [TOKENS, GATHERED]
-    d_q = tl.dot(places, d_rows, acc=owned.d_q, input_precision="ieee" if tile.PRECISION == "ieee" else "tf32x3")
+    precision: tl.constexpr = "ieee" if tile.PRECISION == "ieee" else "tf32x3"
+    d_q = tl.dot(places, mark(d_rows), acc=owned.d_q, input_precision=precision)
     return Owned(owned.token, owned.k, owned.h, d_q, d_k, d_end)
 
 
@@ -628,7 +640,7 @@ def add_unsafe(owned, upstream, group, shape, tile):
             terms = load_terms(group, upstream, rows, shape)
             here = rows.live & (rows.m >= token_first) & (rows.m < token_first + tile.TOKENS)
             mine = Rows(
-                rows.h, rows.m, here, rows.own, rows.repeated, rows.opens, rows.following, rows.label, rows.q,
+                rows.h, rows.m, here, rows.own, rows.counts, rows.opens, rows.following, rows.label, rows.q,
                 rows.start,
             )  # fmt: skip
             d_rows = direct_vectors(mine, terms, group, shape, tile)  # the others are 0
@@ -676,10 +688,10 @@ def turn_back_kernel(
     parts = tl.load(group.sums + h * shape.padded + token[None, :], mask=here, other=0.0)  # [BACK_HEADS, TOKENS]
     parts *= load_upstream(upstream, owned.h, shape)[:, None]
     tl.store(d_start + at, parts.to(d_start.dtype.element_ty), mask=here)
-    tl.store(d_end + at, owned.d_end.to(d_end.dtype.element_ty), mask=here)
+    tl.store(d_end + at, unmark(owned.d_end).to(d_end.dtype.element_ty), mask=here)
     if tl.program_id(1) == 0:
         of_group = tl.cast(i, tl.int64) * length * tile.SIZE
-        store_vectors(d_q + of_group, owned.d_q * (scale * sign), token, angles, length, tile)
+        store_vectors(d_q + of_group, unmark(owned.d_q) * (scale * sign), token, angles, length, tile)
         store_vectors(d_k + of_group, owned.d_k * scale, token, angles, length, tile)
 
 

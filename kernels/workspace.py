@@ -136,9 +136,9 @@ def open_group(workspace, count, group, scale, shape, tile):
 
 @triton.jit
 def load_heads(table, h_first, first, HEADS: tl.constexpr, TOKENS: tl.constexpr, padded):
-    """Of a table [padded heads, padded] that of HEADS heads and TOKENS tokens."""
-    h = (h_first + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-    return tl.load(table + first + h * padded + tl.arange(0, TOKENS)[None, :])  # [HEADS, TOKENS]
+    """Of a table [padded heads, padded] that of HEADS heads and TOKENS tokens: 128 heads of 2^24 tokens fit int32."""
+    at = tl.arange(0, HEADS)[:, None] * padded + tl.arange(0, TOKENS)[None, :]
+    return tl.load(table + tl.cast(h_first, tl.int64) * padded + first + at)  # [HEADS, TOKENS]
 
 
 # --- products over heads ---------------------------------------------------------------------------------------------
@@ -184,12 +184,13 @@ class Plan(NamedTuple):
 
 def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule."""
+    direct_warps = 16 if vector > 128 else 8
     if dtype == torch.bfloat16 and vector <= 128:
         heads = 1 if heads == 1 else min(128, max(16, power_of_two(heads)))
-        return Plan(64, 64, 32, 32, min(64, heads), heads, 4, 4, 4, 3)
+        return Plan(64, 64, 32, 32 if heads < 128 else 16, min(64, heads), heads, 4, 4, 4, 3)
     # Three operands where tf32x3 multiplies: small tiles, eight warps, and always 64 heads, as fewer would spill.
     heads = 1 if heads == 1 else 64
-    return Plan(32, 32, 32, 16, heads, heads, 4, 8, 8, 2)
+    return Plan(32, 32, 32, 16, heads, heads, 4, 8, direct_warps, 2)
 
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
