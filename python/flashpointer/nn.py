@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .ops import _checks
+from .ops import _checks, _pointer
 from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
@@ -44,6 +44,8 @@ class _PointerHead(torch.nn.Module):
             self._require(_is_size(size), name, "an int of at least 1", size)
         self._require(head_size % 2 == 0 and head_size <= 256, "head_size", "an even int of at most 256", head_size)
         self._require(max_width is None or _is_size(max_width), "max_width", "an int of at least 1, or None", max_width)
+        for name, flag in {"rope": rope, "tril_mask": tril_mask}.items():
+            self._require(isinstance(flag, bool), name, "a bool", flag)
         self.hidden_size, self.heads, self.head_size = hidden_size, heads, head_size
         self.rope, self.tril_mask, self.max_width = rope, tril_mask, max_width
 
@@ -156,8 +158,11 @@ class _PointerHead(torch.nn.Module):
         op, takes = type(self).__name__, f"[B, N, {self.hidden_size}]"
         _checks.check_tensor(op, "hidden", hidden, f"a floating-point tensor {takes}", _checks.FLOATS)
         self._require(hidden.dim() == 3 and hidden.shape[-1] == self.hidden_size, "hidden", takes, hidden)
-        weights = next(self.parameters()).dtype
-        if weights in _checks.FLOATS and not torch.is_autocast_enabled(hidden.device.type):
+        # The layer knows: a replica of DataParallel and what FSDP1 flattened have no parameters, and the weight of a
+        # quantized layer is a method.
+        weight = getattr(next(self.children()), "weight", None)
+        weights = weight.dtype if isinstance(weight, torch.Tensor) else None
+        if weights in _checks.FLOATS and not _pointer.in_autocast(hidden):
             self._require(hidden.dtype == weights, "hidden", f"{weights}, as the weights are, or autocast", hidden)
 
     def _require(self, condition: bool, name: str, takes: str, got: object) -> None:
