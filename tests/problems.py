@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-# Each op with the arguments that are differentiated.
+# Each op on rows of scores with the arguments that are differentiated; then each on q and k.
 OPS = {"zlpr_loss": ("scores",), "sparse_zlpr_loss": ("scores",), "zlpr_kl_div": ("scores", "other")}
+POINTER_OPS = {op: ("q", "k", "start", "end") for op in ("pointer_scores", "pointer_loss")}
 
 
 def problem(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
@@ -24,3 +25,19 @@ def positives(shape: tuple[int, ...], listed: int, device: str) -> torch.Tensor:
     classes = shape[-1]
     lists = torch.randint(-max(1, classes // 4), max(classes, 1), (*shape[:-1], listed), device=device)
     return lists if classes > 0 else -1 - lists.abs()
+
+
+def pointer_problem(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    """Two sentences of 7 tokens, the second one padded, and 3 heads. No score is -inf, whose gradient is NaN."""
+    B, H, N, D = 2, 3, 7, 8
+    inputs = {name: torch.randn(B, N, D, device=device).to(dtype) for name in ("q", "k")}
+    inputs |= {name: torch.randn(B, H, N, device=device).to(dtype) for name in ("start", "end")}
+    if op == "pointer_scores":
+        return {**inputs, "tril_mask": False}
+    mask = torch.arange(N, device=device) < torch.tensor([[N], [5]], device=device)
+    spans = torch.tensor([[0, 0, 1, 2], [0, 2, 1, 6], [1, 1, 0, 3], [1, 1, 2, 6]], device=device)
+    return {**inputs, "spans": spans, "mask": mask}
+
+
+def any_problem(op: str, device: str = "cpu") -> dict[str, Any]:
+    return pointer_problem(op, device=device) if op in POINTER_OPS else problem(op, (2, 3, 7), device=device)

@@ -288,6 +288,8 @@ Q, BIAS = torch.randn(2, 5, 8), torch.randn(2, 3, 5)
         ({"end": BIAS[:, :2]}, ValueError, r"end must have 3 heads.*; got .*\(2, 2, 5\)"),
         ({"mask": torch.ones(2, 4)}, ValueError, r"mask must be \[B, N\] = \(2, 5\).*; got .*\(2, 4\)"),
         ({"mask": [1]}, TypeError, "mask takes a bool tensor.*; got list"),
+        ({"rope": "yes"}, TypeError, "rope takes a bool; got str 'yes'"),
+        ({"tril_mask": 1}, TypeError, "tril_mask takes a bool; got int 1"),
         ({"positions": torch.rand(5)}, TypeError, "positions takes an integer tensor.*; got a torch.float32"),
         ({"positions": torch.arange(4)}, ValueError, r"positions must be \[N\] or \[B, N\].*; got .*\(4,\)"),
         ({"max_width": 0}, ValueError, "max_width takes an int of at least 1, or None; got int 0"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import backends
+from . import _checks
 
 _library: Any = torch.library.Library("flashpointer", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -130,14 +131,19 @@ def register_with_gradient(op: str, labels: str, extra: str, check: Callable[...
 def _stored_gradient(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
     """The saved gradient times the upstream one: in place, not at all where that is 1, if nobody asks for it again."""
     grad: torch.Tensor = ctx.saved_tensors[0]
-    if wanted_again(grad):
+    if wanted_again(grad, upstream):
         scaled: torch.Tensor = grad * (upstream * ctx.factor).unsqueeze(-1)
         return scaled.to(grad.dtype)
     backends.implementation("scale_rows", ctx.backend).scale_(grad, upstream, ctx.factor)
     return grad
 
 
-def wanted_again(grad: torch.Tensor) -> bool:
-    """Whether a backward with this gradient must leave as they are the tensors that forward saved."""
+def wants_gradient(*inputs: torch.Tensor | None) -> bool:
+    """Whether forward should compute a gradient. What vmap batches does not tell whether it requires one."""
+    return torch.is_grad_enabled() and any(x is not None and (x.requires_grad or _checks.is_batched(x)) for x in inputs)
+
+
+def wanted_again(grad: torch.Tensor, upstream: torch.Tensor) -> bool:
+    """Whether a backward must leave as it is a gradient that forward saved."""
     traced = type(grad) is not torch.Tensor  # by AOTAutograd, which takes no mutation here and fuses the product
-    return traced or torch._C._autograd._get_current_graph_task_keep_graph()
+    return traced or _checks.is_batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph()

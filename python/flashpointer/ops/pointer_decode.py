@@ -37,7 +37,7 @@ def pointer_decode(
     The scores are not stored, and few are computed: where a bound shows that a block of cells of a head has nothing
     above the threshold, it is skipped. Memory is linear in the length of a sentence and in the number of spans. On a
     GPU it waits for the device once, to learn how many there are, and ``torch.compile`` breaks its graph for that. A
-    graph of ``torch.export`` holds it as one op.
+    graph of ``torch.export`` holds it as one op. On the meta device it finds nothing.
 
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
@@ -60,17 +60,19 @@ def pointer_decode(
         arXiv:2208.03054, as for ``pointer_scores``; https://kexue.fm/archives/8373 (greedy flat decoding is usual).
     """
     q, k, start, end, mask, heads, scale = _pointer.check(
-        OP, q, k, start, end, mask=mask, positions=positions, max_width=max_width, scale=scale
-    )
+        OP, q, k, start, end, mask=mask, positions=positions, rope=rope, tril_mask=tril_mask, max_width=max_width,
+        scale=scale,
+    )  # fmt: skip
     if not isinstance(threshold, (int, float)) or math.isnan(threshold):
         raise ValueError(f"{OP}: threshold takes a number; got {_checks.describe(threshold)}")
     for name, limit in (("top_k", top_k), ("max_spans", max_spans)):
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise ValueError(f"{OP}: {name} takes an int of at least 1, or None; got {_checks.describe(limit)}")
-    if not isinstance(non_overlapping, bool):
-        raise TypeError(f"{OP}: non_overlapping takes a bool; got {_checks.describe(non_overlapping)}")
+    _checks.check_flag(OP, "non_overlapping", non_overlapping)
+    if _checks.is_batched(q):
+        raise RuntimeError(f"{OP}: torch.func.vmap is not supported, for each sample has its own number of spans")
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
-    options = (float(threshold), top_k, non_overlapping, max_spans, backends.choose(q))
+    options = (float(threshold), top_k, non_overlapping, max_spans, _checks.choose_backend(OP, q, k, start, end))
     if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export traces
         q, k, start, end = (None if x is None else x.detach() for x in (q, k, start, end))  # type: ignore[assignment]
         spans, scores = _op(q, k, start, end, *problem, heads, *options)
@@ -86,7 +88,7 @@ def _decode(
     problem: _pointer.Problem, threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
+    with _pointer.without_autocast(q):
         cells, scores, count = _cells(q, k, start, end, heads, problem, threshold, max_spans, top_k, backend)
     if count > len(cells):
         warnings.warn(
@@ -108,6 +110,8 @@ def _cells(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, heads: int,
     problem: _pointer.Problem, threshold: float, max_spans: int | None, top_k: int | None, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
+    if q.device.type == "meta":  # which has shapes alone, and this one depends on values
+        return q.new_empty(0, dtype=torch.int64), q.new_empty(0), 0
     if backend == "reference":
         return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
     q, k = _pointer.per_head(q, k)

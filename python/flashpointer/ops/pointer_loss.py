@@ -61,11 +61,12 @@ def pointer_loss(
         Efficient Span-based Approach for Named Entity Recognition*, arXiv:2208.03054.
     """
     q, k, start, end, mask, heads, scale = _pointer.check(
-        OP, q, k, start, end, mask=mask, positions=positions, max_width=max_width, scale=scale
-    )
+        OP, q, k, start, end, mask=mask, positions=positions, rope=rope, tril_mask=tril_mask, max_width=max_width,
+        scale=scale,
+    )  # fmt: skip
     _check_spans(spans, span_labels, q)
     _checks.check_reduction(OP, reduction)
-    backend = backends.choose(q)
+    backend = _checks.choose_backend(OP, q, k, start, end)
     if backend == "reference":
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(spans, span_labels, q, heads)
@@ -79,15 +80,11 @@ def pointer_loss(
     loss: torch.Tensor
     # Where one upstream gradient scales them all, forward can compute the gradients: on tiles, which have cells at hand
     # and compute in float32. Kernels keep no cell, and a gradient in float16 underflows before AMP has scaled it.
-    if backend == "tiled" and reduction != "none" and _wants_gradient(q, k, start, end):
+    if backend == "tiled" and reduction != "none" and _rows.wants_gradient(q, k, start, end):
         loss = _op_with_gradient(*arguments)[0]
     else:
         loss = _op(*arguments, backend)[0]
     return loss
-
-
-def _wants_gradient(*inputs: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _check_spans(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor) -> None:
@@ -107,7 +104,7 @@ def _check_spans(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch
 
 def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor, heads: int) -> None:
     """Raises ValueError for a span or label out of range; on a GPU, where to look is to wait, on demand."""
-    if spans.numel() == 0 or (spans.device.type != "cpu" and not backends.CHECK_INDICES):
+    if spans.numel() == 0 or not _checks.can_look(spans):
         return
     sizes = (q.shape[0], heads, q.shape[-2], q.shape[-2])
     least, most = (x.tolist() for x in spans.aminmax(dim=0))
@@ -135,7 +132,7 @@ def _compute(
     _check_values(spans, span_labels, q, heads)
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     module = backends.implementation(OP, backend)
-    with torch.autocast(q.device.type, enabled=False):  # which would round what the tiles compute in float32
+    with _pointer.without_autocast(q):
         losses, saved = module.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem)
     return _rows.reduce(losses, losses.shape, reduction), *saved
 
@@ -176,7 +173,7 @@ def _compute_backward(
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     module = backends.implementation(OP, backend)
     planes = saved[6].shape[1:]
-    with torch.autocast(upstream.device.type, enabled=False):
+    with _pointer.without_autocast(upstream):
         grads = module.backward(
             upstream.expand(planes), _share(reduction, planes), module.Saved(*saved), start, end, dtype, problem
         )
@@ -194,6 +191,12 @@ def _fake_backward(
     return d_q, d_k, d_start, d_end
 
 
+def _refuse(upstream: torch.Tensor | None) -> None:
+    _rows.refuse_second_derivative(OP)
+    if upstream is not None and _checks.is_batched(upstream):
+        raise RuntimeError(f"{OP}: many upstream gradients at once (is_grads_batched, vectorize) are not supported")
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, _, start, end, _, _, mask, positions, *options = inputs
     *problem, _, reduction, backend = options
@@ -204,7 +207,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 
 def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    _rows.refuse_second_derivative(OP)
+    _refuse(upstream)
     if upstream is None:
         return (None,) * 15
     start, end, mask, positions, *saved = ctx.saved_tensors
@@ -245,7 +248,7 @@ def _compute_with_gradient(
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     tiled = backends.implementation(OP, "tiled")
     kept = tiled.Kept(tiled.KEPT)
-    with torch.autocast(q.device.type, enabled=False):
+    with _pointer.without_autocast(q):
         losses, saved = tiled.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem, kept)
         upstream, share = losses.new_ones(()).expand_as(losses), _share(reduction, losses.shape)
         d_q, d_k, d_start, d_end = tiled.backward(upstream, share, saved, start, end, losses.dtype, problem, kept)
@@ -270,11 +273,11 @@ def _setup_context_with_gradient(ctx: Any, inputs: tuple[Any, ...], output: tupl
 
 
 def _backward_with_gradient(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    _rows.refuse_second_derivative(OP)
+    _refuse(upstream)
     if upstream is None:
         return (None,) * 14
     grads = ctx.saved_tensors
-    scale = torch.Tensor.mul if _rows.wanted_again(grads[0]) else torch.Tensor.mul_
+    scale = torch.Tensor.mul if _rows.wanted_again(grads[0], upstream) else torch.Tensor.mul_
     needed = zip(grads, ctx.needs_input_grad[:4], strict=True)
     return (*(scale(grad, upstream).to(ctx.dtype) if need else None for grad, need in needed), *(None,) * 10)
 

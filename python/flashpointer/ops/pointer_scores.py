@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from . import _pointer, _rows
+from . import _checks, _pointer, _rows
 
 OP = "pointer_scores"
 
@@ -55,9 +55,10 @@ def pointer_scores(
         arXiv:2208.03054; https://kexue.fm/archives/8373 and https://kexue.fm/archives/8877.
     """
     q, k, start, end, mask, heads, scale = _pointer.check(
-        OP, q, k, start, end, mask=mask, positions=positions, max_width=max_width, scale=scale
-    )
-    backend = backends.choose(q)
+        OP, q, k, start, end, mask=mask, positions=positions, rope=rope, tril_mask=tril_mask, max_width=max_width,
+        scale=scale,
+    )  # fmt: skip
+    backend = _checks.choose_backend(OP, q, k, start, end)
     if backend == "reference":
         options = {"mask": mask, "rope": rope, "tril_mask": tril_mask, "max_width": max_width, "scale": scale}
         return reference.pointer_scores(q, k, start, end, positions=positions, **options)  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ def _compute(
 ) -> torch.Tensor:  # fmt: skip
     module = backends.implementation(OP, backend)
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
-    with torch.autocast(q.device.type, enabled=False):  # which would round what the tiles compute in float32
+    with _pointer.without_autocast(q):
         scores: torch.Tensor = module.forward(*_pointer.per_head(q, k), start, end, heads, problem)
     return scores
 
@@ -86,7 +87,7 @@ def _compute_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     module = backends.implementation(OP, backend)
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with _pointer.without_autocast(q):
         d_q, d_k, d_start, d_end = module.backward(grad, *_pointer.per_head(q, k), need_start, need_end, problem)
     return d_q.view(q.shape), d_k.view(k.shape), d_start, d_end
 

@@ -50,7 +50,7 @@ def zlpr_kl_div(
     _checks.check_device(OP, "other", other, scores)
     mask = _checks.check_mask(OP, mask, scores)
     _checks.check_reduction(OP, reduction)
-    backend = backends.choose(scores)
+    backend = _checks.choose_backend(OP, scores, other)
     if backend == "reference":
         return reference.zlpr_kl_div(scores, other, mask, reduction)
     loss: torch.Tensor = _op(scores, other, mask, reduction, backend)
