@@ -41,3 +41,12 @@ def pointer_problem(op: str, dtype: torch.dtype = torch.float32, device: str = "
 
 def any_problem(op: str, device: str = "cpu") -> dict[str, Any]:
     return pointer_problem(op, device=device) if op in POINTER_OPS else problem(op, (2, 3, 7), device=device)
+
+
+def soft_labels(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """As near to 0 and to 1 as may be: log-uniform in [1e-38, 1], as 1 less that, and exactly 0 and 1."""
+    small = 10.0 ** (-38 * torch.rand(shape, dtype=torch.float64))
+    labels = torch.where(torch.rand(shape) < 0.5, small, 1 - small)
+    labels[torch.rand(shape) < 0.1] = 0.0
+    labels[torch.rand(shape) < 0.1] = 1.0
+    return labels.to(device, dtype)

@@ -16,6 +16,7 @@ from flashpointer.agreement import compare, relative_error, run
 from flashpointer.tiled import pointer_loss as tiles
 
 from .conftest import INTERPRETED, Place
+from .problems import soft_labels
 from .test_memory import peak
 from .test_pointer_scores import OPTIONS, differentiable, holes, tensors
 
@@ -130,9 +131,9 @@ def test_biases_are_optional(place: Place, shared: bool) -> None:
 
 @pytest.mark.parametrize("label_dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_soft_labels(place: Place, label_dtype: torch.dtype) -> None:
-    """0 and 1 among them; of a cell listed twice the first listing counts."""
+    """However near to 0 and 1; of a cell listed twice the first listing counts."""
     inputs = problem((2, 3, 20, 16), device=place.device, count=30)
-    labels = torch.rand(len(inputs["spans"])).to(label_dtype)
+    labels = soft_labels((len(inputs["spans"]),)).to(label_dtype)
     labels[:4], labels[4:8] = 0, 1
     agree({**inputs, "span_labels": labels.to(place.device), "reduction": "none"})
 
@@ -304,7 +305,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     )
     return {
         **inputs,
-        "span_labels": draw(st.sampled_from([None, torch.rand(len(inputs["spans"]))])),
+        "span_labels": draw(st.sampled_from([None, soft_labels((len(inputs["spans"]),))])),
         "mask": draw(st.sampled_from([None, torch.rand(shape[0], shape[2]) < 0.7])),
         "rope": draw(st.booleans()),
         "tril_mask": draw(st.booleans()),
