@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest.mock import patch
 
@@ -248,6 +249,62 @@ def test_extremes(place: Place, name: str, reduction: str, shared: bool) -> None
 def test_extremes_in_small_tiles(name: str, reduction: str, shared: bool) -> None:
     with SMALL_TILES:
         agree({**extreme(name, problem((2, 3, 40, 16), shared)), "reduction": reduction}, at_most=2e-3)
+
+
+def infinite(case: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """With inf in some cells of sentence 0, and in those alone."""
+    inputs = {**inputs, "rope": False, "reduction": "none"}
+    if "start" in case:
+        inputs["start"][0, 1, 4] = torch.inf
+    if "end" in case:
+        inputs["end"][0, 2, 6] = torch.inf
+    if "head" in case:
+        inputs["start"][0, 0] = torch.inf
+    if "product" in case:
+        inputs["q"][0, ..., 3, :] = -1e25 if "negative" in case else 1e25
+        inputs["k"][0, ..., 7, :] = 1e25
+    if "below the triangle" in case:  # where it is no matter
+        inputs["q"][0, ..., 9, :], inputs["k"][0, ..., 2, :] = 1e25, 1e25
+    return inputs
+
+
+INFINITE = ["start", "end", "start and end", "a head", "product", "negative product", "below the triangle"]
+
+
+@pytest.mark.parametrize("labels", [None, [1.0, 0.5, 0.0, -100.0, 1.0, 0.3]], ids=["hard", "soft"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("case", INFINITE)
+@pytest.mark.parametrize("small_tiles", [False, True])
+def test_inf_is_inf_where_it_is_in_eager(
+    place: Place, case: str, shared: bool, labels: list[float] | None, small_tiles: bool
+) -> None:
+    """A loss of inf, and a gradient of NaN in the cells of inf alone. The products overflow in float32: so eager's."""
+    inputs = infinite(case, problem((2, 3, 20, 8), shared, device=place.device))
+    # Of the inf themselves, of their rows and columns, and of others.
+    spans = [[0, 1, 4, 9], [0, 2, 5, 6], [0, 0, 3, 7], [0, 1, 3, 8], [0, 0, 2, 2], [1, 1, 2, 5]]
+    inputs["spans"] = torch.tensor(spans, device=place.device)
+    inputs["span_labels"] = None if labels is None else torch.tensor(labels, device=place.device)
+    with SMALL_TILES if small_tiles else contextlib.nullcontext():
+        ours = evaluate(inputs)
+    eager = run(fp.reference.pointer_loss, inputs, differentiable(inputs))
+    assert case in ("negative product", "below the triangle") or eager[0][0].isinf().any()
+    assert not eager[0].isnan().any()
+    for x, truth in zip(ours, eager, strict=True):
+        assert torch.equal(x.isnan(), truth.isnan())
+        assert relative_error(x.nan_to_num(nan=0.0), truth.nan_to_num(nan=0.0)) < 1e-5
+
+
+def test_a_label_of_minus_100_leaves_its_cell_out(place: Place, dtype: torch.dtype) -> None:
+    """Of both terms, as in zlpr_loss; listed again it stays so, for the first listing counts."""
+    inputs = {**problem((2, 3, 20, 8), True, dtype, place.device), "reduction": "none"}
+    count = len(inputs["spans"])
+    inputs["span_labels"] = soft_labels((count,), place.device)
+    inputs["span_labels"][::3] = -100.0
+    agree(inputs, torch.rand(2, 3, device=place.device))
+    everywhere = torch.ones(2, 3, 20, 20, device=place.device).nonzero()
+    alone = {**inputs, "spans": everywhere, "span_labels": torch.full((len(everywhere),), -100.0, device=place.device)}
+    for x in evaluate(alone):
+        assert torch.equal(x, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
@@ -526,7 +583,11 @@ Q, BIAS, SPANS = torch.randn(2, 5, 8), torch.randn(2, 3, 5), torch.tensor([[0, 1
         ({"spans": SPANS - torch.tensor([0, 2, 0, 0])}, ValueError, r"got \(0, -1, 2, 3\) at 0"),
         ({"span_labels": torch.ones(3)}, ValueError, r"span_labels must be \[S\].*2 spans; got .*\(3,\)"),
         ({"span_labels": torch.ones(2).long()}, TypeError, "span_labels takes a floating-point tensor"),
-        ({"span_labels": torch.tensor([0.5, 1.5])}, ValueError, "span_labels takes 0 to 1; got 1.5 at 1"),
+        (
+            {"span_labels": torch.tensor([0.5, 1.5])},
+            ValueError,
+            "span_labels takes 0 to 1, or -100 for a cell to leave out; got 1.5 at 1",
+        ),
         ({"span_labels": torch.ones(2, requires_grad=True)}, ValueError, "span_labels takes no gradient"),
         ({"reduction": "max"}, ValueError, "reduction takes one of 'none', 'sum', 'mean'; got str 'max'"),
         ({"max_width": 0}, ValueError, "max_width takes an int of at least 1"),

@@ -43,8 +43,8 @@ def pointer_loss(
         spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``
             makes them. Of one that is listed twice only the first listing counts; one on an invalid cell leaves both
             terms, as its cell does.
-        span_labels: floating-point ``[S]``, in [0, 1]: the labels t of the spans, 1 by default. All other cells are 0:
-            smoothing the labels of those is not offered.
+        span_labels: floating-point ``[S]``, in [0, 1]: the labels t of the spans, 1 by default; -100 leaves the cell of
+            a span out of both terms. All other cells are 0: smoothing the labels of those is not offered.
         reduction: ``"none"`` gives ``[B, H]``; ``"sum"``; ``"mean"`` over ``B * H``, 0 over none.
 
     Returns:
@@ -115,10 +115,11 @@ def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torc
             f"at {where}"
         )
     if span_labels is not None:
-        wrong = ~((span_labels >= 0) & (span_labels <= 1))
+        wrong = ~(((span_labels >= 0) & (span_labels <= 1)) | (span_labels == -100))
         if wrong.any():
             where = int(wrong.nonzero()[0])
-            raise ValueError(f"{OP}: span_labels takes 0 to 1; got {span_labels[where].item()} at {where}")
+            takes = "0 to 1, or -100 for a cell to leave out"
+            raise ValueError(f"{OP}: span_labels takes {takes}; got {span_labels[where].item()} at {where}")
 
 
 # --- registration --------------------------------------------------------------------------------------------------
