@@ -98,7 +98,7 @@ def from_offsets(
         for entity in _read.each(op, where, entities, f"a list of {TRIPLE}", ordered=False):
             kind, head, start, last = _read.triple(op, where, entity, indices, TRIPLE)
             _read.check_ends(
-                op, where, entity, start, last, size, end, ("char_start", "char_end", "length of its text")
+                op, where, entity, start, last, size, end, ("char_start", "char_end", "the length of its text")
             )
             whole, covering = _align(tokens, text, start, last + beyond, alignment)
             given = (i, kind, start, last)
