@@ -140,6 +140,22 @@ def test_a_second_text_is_refused_without_a_token_between() -> None:
             spans.from_offsets([[]], [offsets], HEADS)
 
 
+@pytest.mark.parametrize("between", [[None], [(0, 0)], [None, (0, 0), None]])
+def test_texts_of_one_character_share_it_with_no_other_text(between: list[Any]) -> None:
+    for second in ((0, 1), (0, 4)):
+        with pytest.raises(
+            ValueError, match=rf"one text, which go on; got \(0, {second[1]}\) at token {len(between) + 1}"
+        ):
+            spans.from_offsets([[]], [[(0, 1), *between, second]], HEADS)
+
+
+def test_a_character_that_becomes_several_words_is_of_one_text() -> None:
+    """NFKC makes four words of U+FDFA; the space between two of them may be a token, trimmed to nothing."""
+    text, offsets = "a \ufdfa", [(0, 1), (2, 3), (3, 3), (2, 3), (3, 3), (2, 3)]
+    for alignment in ("expand", "contract", "strict"):
+        assert tokens_of(one(text, "\ufdfa", offsets, alignment=alignment)) == [[1, 5]]
+
+
 @every_tokenizer
 @pytest.mark.parametrize("words", [["hello", "This", "test"], ["Berlin", "in"], ["in", "Berlin"], ["日本語", "日本語"]])
 def test_words_split_beforehand_are_refused(name: str, words: list[str]) -> None:
@@ -208,6 +224,7 @@ def test_an_entity_of_whitespace_is_lost() -> None:
     for name, tokenizer in TOKENIZERS.items():
         for words in ("  ", " ", "\n"):
             assert len(one(text, words, tokenizer.encode(text).offsets).lost) == 1, name
+    assert one("in Berlin", " ", [(0, 9)]).lost == [(0, "LOC", 2, 3)]
 
 
 # Whitespace

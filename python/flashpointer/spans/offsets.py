@@ -139,7 +139,7 @@ def _tokens(op: str, sentence: int, offsets: Any, text: str | None) -> _Tokens:
             continue
         if not 0 <= start < end:
             raise ValueError(f"{op}: {name} takes 0 <= char_start <= char_end; got {(start, end)} at token {token}")
-        if start < reached - shared or end < reached:
+        if start < reached - shared:  # then ends never fall either
             raise ValueError(
                 f"{op}: {name} takes the offsets of one text, which go on; got {(start, end)} at token {token}, after "
                 f"one that ends at {reached}. With a pair of texts, set the tokens of the other to None; words split "
