@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -402,6 +403,8 @@ LONG = "x" * 1_000_000
         ({"heads": [LONG, LONG]}, ValueError, "heads takes each type once; got 'xxx"),
         ({"heads": [["PER"]]}, TypeError, "heads takes types that can be hashed; got list"),
         ({"end": "excl"}, ValueError, "end takes one of 'inclusive', 'exclusive'; got str 'excl'"),
+        ({"lengths": [LONG]}, TypeError, "lengths takes an int for each sentence; got str 'xxx.* at 0"),
+        ({"end": LONG}, ValueError, "end takes one of 'inclusive', 'exclusive'; got str 'xxx"),
         ({"end": 1}, ValueError, "end takes one of 'inclusive', 'exclusive'; got int 1"),
         (
             {"sentences": [[("PER", 2, 3)]], "lengths": [3]},
@@ -592,6 +595,49 @@ def test_errors_of_collate(wrong: dict[str, Any], error: type[Exception], messag
 def test_errors_of_the_options_of_collate(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=f"^collate: {message}"):
         spans.collate(**{"examples": [GOOD], "heads": HEADS, **options})
+
+
+WRONG: dict[str, Any] = {
+    "a number": 3,
+    "a long string": LONG,
+    "a long list of strings": [LONG] * 1000,
+    "bytes": b"PER",
+    "a mapping": {LONG: LONG},
+    "an array of no dimension": numpy.zeros(()),
+    "a large array": numpy.zeros((99, 99)),
+    "a sparse tensor": torch.eye(7).to_sparse(),
+    "a nested tensor": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "a tensor on no device": torch.ones(2, 3, device="meta"),
+    "something of many lines": type("Many", (), {"__repr__": lambda self: "line\n" * 1000})(),
+}
+CALLS: dict[str, dict[str, Any]] = {
+    "from_lists": {"sentences": [[("PER", 0, 1)]], "heads": HEADS, "lengths": [2], "end": "inclusive"},
+    "collate": {"examples": [GOOD], "heads": HEADS, "pad_token_id": 0, "end": "inclusive"},
+    "from_offsets": {
+        "sentences": [[("PER", 0, 1)]],
+        "offset_mapping": [[(0, 1)]],
+        "heads": HEADS,
+        "texts": ["a"],
+        "alignment": "expand",
+        "end": "exclusive",
+    },
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("op, name", [(op, name) for op, arguments in CALLS.items() for name in arguments])
+def test_whatever_is_given_for_an_argument_an_error_of_one_line_names_it(op: str, name: str, wrong: str) -> None:
+    if name == "pad_token_id" and wrong == "a number":
+        return
+    with pytest.raises((TypeError, ValueError)) as caught:
+        getattr(spans, op)(**{**CALLS[op], name: WRONG[wrong]})
+    message = str(caught.value)
+    unit = {"sentences": r"sentence 0|(lengths|offset_mapping) takes one for each of \d+", "examples": "example 0"}
+    assert re.match(f"{op}: ({name}|{unit.get(name, name)}) ", message), message
+    assert " takes " in message
+    assert "got " in message
+    assert "\n" not in message
+    assert len(message) < 400
 
 
 # Real sentences

@@ -19,13 +19,16 @@ ENDS = ("inclusive", "exclusive")
 
 def short(value: object) -> str:
     """The repr of what a data set holds, abbreviated, on one line."""
-    return reprlib.repr(value).replace("\n", " ")
+    return " ".join(reprlib.repr(value).split())
 
 
 def each(op: str, name: str, values: Any, takes: str, *, ordered: bool = True) -> list[Any]:
     """The list of an iterable: no string or mapping, of which only the characters or keys would be read, and where the
     order counts no set."""
-    listed = values.tolist() if hasattr(values, "tolist") else values
+    try:
+        listed = values.tolist() if hasattr(values, "tolist") else values
+    except RuntimeError:  # a sparse, nested or meta tensor
+        listed = None
     if not isinstance(listed, Iterable) or isinstance(listed, (str, bytes, Mapping, Set if ordered else bytes)):
         raise TypeError(f"{op}: {name} takes {takes}; got {_checks.describe(values)}")
     return list(listed)

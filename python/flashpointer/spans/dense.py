@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .. import backends
 from ..ops import _checks
 
 
@@ -61,8 +60,7 @@ def to_dense(spans: torch.Tensor, batch: int, heads: int, length: int, dtype: to
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{op}: dtype takes a torch.dtype; got {_checks.describe(dtype)}")
     inside = _inside(spans, batch, heads, length)
-    look = spans.device.type == "cpu" or (spans.device.type != "meta" and backends.CHECK_INDICES)
-    if look and not torch.compiler.is_compiling() and not inside.all():
+    if _checks.can_look(spans) and not torch.compiler.is_compiling() and not inside.all():
         where = int((~inside).nonzero()[0])
         raise ValueError(
             f"{op}: spans takes rows (batch, head, start, end) below ({batch}, {heads}, {length}, {length}); got "

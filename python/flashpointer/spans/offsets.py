@@ -131,7 +131,7 @@ def _tokens(op: str, sentence: int, offsets: Any, text: str | None) -> _Tokens:
             continue
         try:
             start, end = map(operator.index, pair if isinstance(pair, Sequence) else pair.tolist())
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, RuntimeError, TypeError, ValueError):
             raise TypeError(f"{op}: {name} takes {takes}; got {_read.short(pair)} at token {token}") from None
         if start == end:
             if start == 0:  # a special token; elsewhere whitespace that the tokenizer has trimmed from its offsets
