@@ -4,6 +4,7 @@ Each character that a tokenizer sees comes of one character of the text, in the 
 drop some, make several of one, or compose several in the place of the first. So the tokens of one text have starts that
 never fall, ends that never fall, and neighbours that share at most one character: bytes of an emoji, letters of a
 ligature, a lone marker before a word. Offsets that do otherwise are those of several texts, and are refused.
+Only a text of one character goes unseen, if the next one follows with no special token between.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def from_offsets(
 ) -> FromOffsets:
     """Spans from entities in characters, through the offsets of a fast tokenizer.
 
-    **Pass the texts**, and whitespace at the ends of an entity or a token counts for nothing, as does a character of
-    which a tokenizer may make no token: a mark that a normalizer joins to its letter or drops (accents, vowel signs,
-    variation selectors, the later letters of a decomposed Hangul syllable), a control or format character (a byte order
-    mark, a zero-width space), one that is private or unassigned. An entity is then lost only where another character of
-    it lies before the first token or behind the last one, as after truncation, or where it overlaps no token. That a
-    truncation took such characters alone goes unseen.
+    **Pass the texts**, and whitespace at the ends of an entity or a token counts for nothing. Nor does, where no token
+    holds it, a character of which a tokenizer may make no token: a mark that a normalizer joins to its letter or drops
+    (accents, vowel signs, variation selectors, the later letters of a decomposed Hangul syllable), a control or format
+    character (a byte order mark, a zero-width space), one that is private or unassigned. An entity is then lost only
+    where another character of it lies before the first token or behind the last one, as after truncation, or where it
+    overlaps no token. That a truncation took such characters alone goes unseen.
 
     Without the texts nobody can tell a letter from a space. Then an entity is lost wherever it reaches beyond the first
     or last token, and one that ends in a space takes the next word too, if that word's token holds the space, as those
@@ -66,7 +67,8 @@ def from_offsets(
         heads: a mapping from type to head index, or a sequence of types, where the position is the head index.
         texts: for each sentence its text, as the tokenizer got it.
         alignment: what becomes of an entity whose ends are not those of tokens, as in spaCy's ``Doc.char_span``: with
-            "expand" all tokens that overlap it, with "contract" those wholly inside, with "strict" none: it is lost.
+            "expand" all tokens that overlap it, with "contract" those wholly inside, with "strict" none. Of none it is
+            lost.
         end: "exclusive" where the char_end of an entity is the character behind its last one, "inclusive" where it is
             the last one. It holds for lost and adjusted too; that of offset_mapping is always exclusive.
 
