@@ -83,7 +83,7 @@ def load_exponents(
         t = t.to(tl.float32)
         s = tl.where(t == -100.0, float("-inf"), s)
         s = tl.where((s == float("-inf")) | ((t >= 0.0) & (t <= 1.0)), s, float("nan"))
-        a = tl.where(t == 1.0, float("-inf"), s + tl.log(1.0 - t))  # inf + log 0 is NaN
+        a = tl.where((t == 1.0) | (s == float("-inf")), float("-inf"), s + tl.log(1.0 - t))  # inf + log 0 is NaN
         b = log_weight(t) - s
     else:
         if LABELS == "integer":

@@ -91,7 +91,8 @@ class _PointerHead(torch.nn.Module):
             spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``
                 makes them. One that is listed twice counts once, and one on an invalid cell leaves both terms.
             reduction: ``"none"`` gives ``[B, heads]``; ``"sum"``; ``"mean"`` over ``B * heads``.
-            span_labels: floating-point ``[S]``, in [0, 1]: soft labels of the spans, 1 by default.
+            span_labels: floating-point ``[S]``, in [0, 1]: soft labels of the spans, 1 by default; -100 leaves the cell
+                of a span out.
 
         Returns:
             float32, or float64 for float64 hidden states.

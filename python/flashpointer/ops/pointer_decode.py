@@ -55,6 +55,7 @@ def pointer_decode(
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
+        RuntimeError: inside a transform of torch.func.
 
     References:
         arXiv:2208.03054, as for ``pointer_scores``; https://kexue.fm/archives/8373 (greedy flat decoding is usual).

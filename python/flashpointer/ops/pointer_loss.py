@@ -54,7 +54,7 @@ def pointer_loss(
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a span outside
             ``[B, H, N, N]`` is dropped; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error there too.
-        RuntimeError: for second derivatives.
+        RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
     References:
         Su et al. 2022, *ZLPR: A Novel Loss for Multi-label Classification*, arXiv:2208.02955; *Global Pointer: Novel

@@ -36,7 +36,8 @@ def pointer_scores(
             float16, bfloat16, float32 or float64, D even and at most 256. Under autocast they and the biases are cast
             as those of a matrix product are.
         start, end: ``[B, H, N]``, the dtype of q: each head's bias of a token as the first and as the last of a span.
-        mask: ``[B, N]``, bool or 0 and 1: False for padding. No span starts or ends there.
+        mask: ``[B, N]``, bool or 0 and 1: False for padding. No span starts or ends there. Not an additive one, of 0
+            and -inf: on a CPU that is an error; on a GPU, without ``FLASHPOINTER_CHECK=1``, only 1 keeps a token.
         rope: whether q and k are turned.
         tril_mask: whether a span must end where it starts or later.
         max_width: at most so many tokens from first to last, both counted; None for no limit.
@@ -48,7 +49,7 @@ def pointer_scores(
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
-        RuntimeError: for second derivatives.
+        RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
     References:
         Su et al. 2022, *Global Pointer: Novel Efficient Span-based Approach for Named Entity Recognition*,

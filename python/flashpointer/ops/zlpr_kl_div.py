@@ -37,7 +37,7 @@ def zlpr_kl_div(
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
-        RuntimeError: for second derivatives.
+        RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
     References:
         https://kexue.fm/archives/9039

@@ -42,7 +42,7 @@ def zlpr_loss(
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a label that is none
             makes the loss of its row NaN; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error.
-        RuntimeError: for second derivatives.
+        RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
     References:
         Su et al. 2022, *ZLPR: A Novel Loss for Multi-label Classification*, arXiv:2208.02955. Soft labels:
