@@ -21,10 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .cells import all_registers, float32_precision
 from .pointer_scores import (
     Plan,
-    all_registers,
-    float32_precision,
     load_bias,
     load_kept,
     masking,

@@ -3,710 +3,739 @@
 Where heads share q and k, the score of a span (m, n) is x_mn + start_hm + end_hn, with x_mn = scale * <R q_m, R k_n>:
 heads differ by what depends on m or on n alone. With rho_m = max_n x_mn and C_h = max_n end_hn, the sum over a row is
 
-    sum_n exp(s_hmn) = exp(start_hm + C_h + rho_m) * sum_n P_mn V_hn,    P = exp(x - rho),   V = exp(end - C)
+    sum_n exp(s_hmn) = exp(bound_hm) (P V^T)_mh,    bound_hm = start_hm + C_h + rho_m,  P = exp(x - rho),  V = exp(end - C)
 
 one exponential for all heads, and a matrix product with the heads as columns: flash attention, unnormalised. The loss
-of a head is l_n + l_p, l_n = log(1 + sum_m of these). Backward, with g the upstream gradient, goes the same way:
+of a head is l_n + l_p, l_n = log(1 + sum_m of these). Backward, with g_h the upstream gradient and A = exp(bound - l_n):
 
-    A_hm = g_h exp(start_hm + C_h + rho_m - l_n)        T = A^T V        dx = P * T        (T sums over the heads)
-    dq = scale * R^T (dx R k)     dk = scale * R^T (dx^T R q)     dstart_hm = g_h exp(row's log-sum - l_n)
-    dend = V * (A P)
+    T = (g A)^T V           dx = P * T                          dstart_hm = g_h A_hm (P V^T)_mh
+    dq = scale R^T dx R k   dk = scale R^T dx^T R q             dend_hn   = g_h V_hn (A P)_hn
 
-A mask is a bias of -inf, in start + C and in V, so that the sweeps know only triangle and band. rho may be too large:
-it is taken over columns that V then drops. All that matters is the bound start + C + rho of a row: a term is lost to
+A mask is a bias of -inf, in start and in V, so that the sweeps know only triangle, band and the last kept token. rho may
+be too large: it is taken over columns that V then drops. All that matters is the bound of a row: a term is lost to
 underflow below exp(bound - 87), which beside the 1 in the logarithm is nothing while the bound is below 50.
 
-Some rows of a head are therefore taken out, start + C = -inf, and computed directly, gathered 16 at a time: those whose
-bound is above 50, and those with a listed span, where the span must not be among the negatives, and to subtract it
-afterwards would cost every digit. Listed spans are sorted, so each answers for the columns from it to the next one in
-its row, and the first one for those before it too: no row is summed twice, and no span waits for another.
+DIRECT ROWS are those whose bound is above 50, the unsafe ones, and those with a listed span, where the span must not be
+among the negatives, and to subtract it afterwards would cost every digit. Their A is 0, and they are computed cell by
+cell, gathered 16 at a time: see direct_rows.py. C and rho stay below inf, so that a row with a score of inf is unsafe,
+and its loss inf; its gradient is NaN in the cells that are inf, as the eager formula's is.
 
-A group is what shares q and k: a sentence, or a head of it. Inner tensors are [groups, heads of a group, N].
+    1  prepare     q, k turned, 0 where dropped; biases, -inf there; V and C; the last kept token; spans sorted
+    2  sweep       P V^T and rho of all rows;  beside it the log-sums of listed spans, which need no other row
+    3  combine     a head of a group to a program: its unsafe rows, l_n, l_p, A, each row's part in the loss
+    4  sweep back  dq along the rows;  dk, dend along the columns;  beside them dq of listed spans
+    5  turn back   adds what direct rows give to dk and dend, and their dq; turns dq, dk back; dstart, each row's part
+                   in the loss times g
+
+Whatever is summed is summed by one program in one order. A listed span costs no launch its critical path: 2 and 4 compute
+it in programs of its own, started first, while others sweep, longest rows and columns first; 5 only gathers it.
+Exponents are base e but for those of the sweeps, as exp2 is one instruction.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .pointer_scores import (
+from .cells import (
+    PAD,
     all_registers,
-    float32_precision,
+    columns_of,
+    keep_valid,
     load_bias,
     load_kept,
+    load_positions,
     load_vectors,
-    masking,
-    may_be_valid,
-    tile_product,
-    valid_cells,
+    open_bias,
+    open_tokens,
+    power_of_two,
+    rows_of,
 )
-from .rotate import rotate, rotate_back_
-from .zlpr_loss import log_term, pivot
+from .direct_rows import (
+    GATHERED,
+    LANES,
+    NOWHERE,
+    Listing,
+    Rows,
+    Terms,
+    direct_log_sums,
+    direct_scores,
+    direct_vectors,
+    direct_weights,
+    first_key,
+    load_rows,
+    load_unsafe,
+    log_rest,
+    safe,
+    sort_spans,
+    spans_of,
+    store_keys,
+)
+from .rotate import rotation, turn
+from .workspace import (
+    Group,
+    Tile,
+    add_product,
+    load_heads,
+    multiply_heads,
+    open_group,
+    open_shape,
+    open_spans,
+    padded_heads,
+    tile_of,
+    workspace_bytes,
+)
+from .zlpr_loss import FLOAT_MAX, log_term, pivot
 
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
 SAFE_BOUND = tl.constexpr(50.0)
-NOWHERE = tl.constexpr(2**63 - 1)  # sorts behind every cell, and says that there is none
-GATHERED = tl.constexpr(16)  # rows: the least that a matrix unit takes
+COUNTED = 4096  # more spans are sorted by PyTorch, not by counting, whose time grows with their square
+SORTED = tl.constexpr(4)  # spans to a program that counts
+TURNED = 2048  # elements of q and of k to a program
+PER_BATCH = ["groups", "length", "count", "n_bits", "max_width", "listers"]  # what a kernel is not compiled anew for
 
 
-# --- what depends on the tokens alone --------------------------------------------------------------------------------
+# --- launch 1: prepare -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def load_cell(
-    spans, mask, i, count, batch, heads, length, max_width, stride_s, stride_c, stride_mb, stride_mn,
-    HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-):  # fmt: skip
-    """((b * heads + h) * length + m) * length + n of spans i, or NOWHERE for one outside or on an invalid cell."""
-    at = spans + i.to(tl.int64) * stride_s
-    b = tl.load(at, mask=i < count, other=-1)
-    h = tl.load(at + stride_c, mask=i < count, other=-1)
-    m = tl.load(at + 2 * stride_c, mask=i < count, other=-1)
-    n = tl.load(at + 3 * stride_c, mask=i < count, other=-1)
-    inside = (b >= 0) & (b < batch) & (h >= 0) & (h < heads) & (m >= 0) & (m < length) & (n >= 0) & (n < length)
-    kept_m = inside
-    kept_n = inside
-    if HAS_MASK:
-        kept_m = tl.load(mask + b * stride_mb + m * stride_mn, mask=inside, other=0) != 0
-        kept_n = tl.load(mask + b * stride_mb + n * stride_mn, mask=inside, other=0) != 0
-    valid = valid_cells(m, n, inside & kept_m, kept_n, max_width, TRIL, BANDED)
-    return tl.where(valid, ((b * heads + h) * length + m) * length + n, NOWHERE)
+class Inputs(NamedTuple):
+    """Of one sentence, from the first head of a group on."""
+
+    start: Any  # Bias
+    end: Any  # Bias
+    mask: Any  # Tokens
 
 
 @triton.jit
-def sort_spans_kernel(
-    spans, span_labels, mask, cells, labels,
-    count, batch, heads, length, max_width,
-    stride_s, stride_c, stride_l, stride_mb, stride_mn,
-    HAS_LABELS: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    MINE: tl.constexpr, OTHERS: tl.constexpr,
-):  # fmt: skip
-    """The place of each of MINE spans is the number of those before it: the sort is stable, so the first listing of a
-    cell stays the first."""
-    i = tl.program_id(0) * MINE + tl.arange(0, MINE)
-    cell = load_cell(
-        spans, mask, i, count, batch, heads, length, max_width, stride_s, stride_c, stride_mb, stride_mn,
-        HAS_MASK, TRIL, BANDED,
-    )  # fmt: skip
-    place = tl.zeros([MINE], dtype=tl.int32)
-    for first in range(0, count, OTHERS):
-        j = first + tl.arange(0, OTHERS)
-        other = load_cell(
-            spans, mask, j, count, batch, heads, length, max_width, stride_s, stride_c, stride_mb, stride_mn,
-            HAS_MASK, TRIL, BANDED,
-        )  # fmt: skip
-        before = (other[None, :] < cell[:, None]) | ((other[None, :] == cell[:, None]) & (j[None, :] < i[:, None]))
-        place += tl.sum((before & (j < count)[None, :]).to(tl.int32), axis=1)
-    t = tl.full([MINE], 1.0, dtype=tl.float32)
-    if HAS_LABELS:
-        t = tl.load(span_labels + i.to(tl.int64) * stride_l, mask=i < count, other=0.0).to(tl.float32)
-    tl.store(cells + place, cell, mask=i < count)
-    tl.store(labels + place, t, mask=i < count)
+def prepare_vectors(x, stride_n, stride_d, out, token, kept, angles, factor, tile):
+    """x [N, SIZE] turned, times the factor, into out [padded, VECTOR]."""
+    d = tl.arange(0, tile.VECTOR)[None, :]
+    at = x + token.to(tl.int64)[:, None] * stride_n + d * stride_d
+    vectors = tl.load(at, mask=kept[:, None] & (d < tile.SIZE), other=0.0).to(tl.float32) * factor  # [tokens, VECTOR]
+    if tile.ROPE:
+        vectors = turn(vectors, angles[0], angles[1])
+    tl.store(out + token.to(tl.int64)[:, None] * tile.VECTOR + d, vectors.to(tile.DTYPE))
 
 
 @triton.jit
-def prepare_kernel(
-    start, end, mask, cells, exponents, values,
-    count, heads, length,
-    stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One head of a sentence to a program: start + C, -inf for dropped tokens and rows with a listed span, and V."""
-    plane = tl.program_id(0).to(tl.int64)
-    b = plane // heads
-    h = plane % heads
-    start += b * stride_sb
-    end += b * stride_eb
-    mask += b * stride_mb
+def below_inf(x):
+    """Direct rows take it back: but FLOAT_MAX - inf is -inf, and inf - inf would be NaN."""
+    return tl.where(x == float("inf"), FLOAT_MAX, x)
+
+
+@triton.jit
+def prepare_head(group, inputs, h, shape, tile, BLOCK: tl.constexpr):
+    """Biases, V and C of a head, and the extent of its group. Heads that only pad have V and A = 0."""
+    row = tl.cast(h, tl.int64) * shape.padded
     largest = float("-inf")
-    for first in range(0, length, BLOCK):
+    extent = 0
+    for first in range(0, shape.padded, BLOCK):
         token = first + tl.arange(0, BLOCK)
-        kept = load_kept(mask, token, length, stride_mn, HAS_MASK)
-        e = load_bias(end, kept, h, token, stride_eh, stride_en, HAS_END)
-        largest = tl.maximum(largest, tl.max(e, axis=0))
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    for first in range(0, length, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        kept = load_kept(mask, token, length, stride_mn, HAS_MASK)
-        e = load_bias(end, kept, h, token, stride_eh, stride_en, HAS_END)
-        s = load_bias(start, kept, h, token, stride_sh, stride_sn, HAS_START)
-        tl.store(values + plane * length + token, tl.exp(e - largest), mask=token < length)
-        tl.store(exponents + plane * length + token, s + largest, mask=token < length)
-    tl.debug_barrier()  # before other threads write over some of it
-    for first in range(0, count, BLOCK):
-        p = first + tl.arange(0, BLOCK)
-        row = tl.load(cells + p, mask=p < count, other=NOWHERE) // length
-        tl.store(exponents + row, float("-inf"), mask=(p < count) & (row // length == plane))
-
-
-# --- tiles -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def operand(x, like):
-    """For a matrix product: bfloat16 has the range of float32, but float16 holds neither P, V, A nor their products."""
-    return x.to(tl.bfloat16) if like.dtype.element_ty == tl.bfloat16 else x.to(tl.float32)
-
-
-@triton.jit
-def load_heads(x, h_first, heads, token, length, other, HEADS: tl.constexpr):
-    """x [heads, length] of one group, at HEADS heads and some tokens: [BLOCK, HEADS]."""
-    h = h_first + tl.arange(0, HEADS)
-    at = x + h.to(tl.int64)[None, :] * length + token[:, None]
-    return tl.load(at, mask=(token < length)[:, None] & (h < heads)[None, :], other=other)
-
-
-@triton.jit
-def load_of_planes(x, h_first, heads, stride, other, HEADS: tl.constexpr):
-    """x [heads] of one group at HEADS heads."""
-    h = h_first + tl.arange(0, HEADS)
-    return tl.load(x + h.to(tl.int64) * stride, mask=h < heads, other=other).to(tl.float32)
-
-
-@triton.jit
-def safe(x):
-    """A pivot that is -inf where nothing is valid yet."""
-    return tl.where(x == float("-inf"), 0.0, x)
-
-
-@triton.jit
-def find_spans(cells, count, least, most, BLOCK: tl.constexpr):
-    """Where the sorted cells from least to most (excluded) stand: first, stop."""
-    first = 0
-    stop = 0
-    for at in range(0, count, BLOCK):
-        p = at + tl.arange(0, BLOCK)
-        cell = tl.load(cells + p, mask=p < count, other=NOWHERE)
-        first += tl.sum((cell < least).to(tl.int32), axis=0)
-        stop += tl.sum((cell < most).to(tl.int32), axis=0)
-    return first, stop
-
-
-@triton.jit
-def load_listed(cells, p, stop, count, heads, length):
-    """Of sorted spans p below stop: the head in its group, start and end, whether it is there, whether its cell came
-    before, whether it is the first of its row, and the end of the next one in the row, or the length."""
-    here = p < stop
-    cell = tl.load(cells + p, mask=here, other=0)
-    before = tl.load(cells + p - 1, mask=here & (p > 0), other=-1)
-    after = tl.load(cells + p + 1, mask=here & (p + 1 < count), other=NOWHERE)
-    row = cell // length
-    following = tl.where(after // length == row, after % length, length)
-    m = (row % length).to(tl.int32)
-    n = (cell % length).to(tl.int32)
-    repeated = before == cell
-    opens = (before < 0) | (before // length != row)
-    return (row // length % heads).to(tl.int32), m, n, here, repeated, opens, following.to(tl.int32)
-
-
-@triton.jit
-def load_part(x, token, length, SIZE: tl.constexpr, PART: tl.constexpr):
-    """That part of the tokens' vectors whose gradient is this program's: [BLOCK, PART], to multiply with weights."""
-    return operand(load_vectors(x, token, tl.program_id(2) * PART, length, SIZE, PART), x)
-
-
-@triton.jit
-def keep_valid(x, m, n, length, max_width, TRIL: tl.constexpr, BANDED: tl.constexpr):
-    """x where triangle, band and length leave a cell, else -inf; m and n broadcast against each other."""
-    return tl.where(valid_cells(m, n, m < length, n < length, max_width, TRIL, BANDED), x, float("-inf"))
-
-
-@triton.jit
-def gathered_scores(
-    q, k, start, end, mask, h, m, n, live, length, max_width, scale,
-    stride_sh, stride_sn, stride_eh, stride_en, stride_mn,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Scores [GATHERED, BLOCK] of rows (h, m) with end tokens n, -inf in invalid cells."""
-    s = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
-    kept_n = load_kept(mask, n, length, stride_mn, HAS_MASK)
-    s += load_bias(start, live, h, m, stride_sh, stride_sn, HAS_START)[:, None]
-    s += load_bias(end, kept_n[None, :], h[:, None], n[None, :], stride_eh, stride_en, HAS_END)
-    valid = valid_cells(m[:, None], n[None, :], live[:, None], kept_n[None, :], max_width, TRIL, BANDED)
-    return tl.where(valid, s, float("-inf"))
-
-
-@triton.jit
-def answers_for(n, own, opens, following):
-    """The columns n that a listed span, which ends at own, answers for. A row without one has own -1: all of them."""
-    mine = (n[None, :] > own[:, None]) & (n[None, :] < following[:, None])
-    return mine | (opens[:, None] & (n[None, :] < own[:, None]))
-
-
-@triton.jit
-def direct_log_sums(
-    q, k, start, end, mask, h, m, live, own, opens, following, m_first, length, max_width, scale,
-    stride_sh, stride_sn, stride_eh, stride_en, stride_mn,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of gathered rows in the tile from m_first: the log-sum of the negatives they answer for; the listed scores."""
-    largest = tl.full([GATHERED], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([GATHERED], dtype=tl.float32)
-    listed = tl.zeros([GATHERED], dtype=tl.float32)
-    for n_first in range(0, length, BLOCK):
-        if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
-            n = n_first + tl.arange(0, BLOCK)
-            s = gathered_scores(
-                q, k, start, end, mask, h, m, n, live, length, max_width, scale,
-                stride_sh, stride_sn, stride_eh, stride_en, stride_mn,
-                HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK,
-            )  # fmt: skip
-            listed += tl.sum(tl.where(n[None, :] == own[:, None], s, 0.0), axis=1)
-            s = tl.where(answers_for(n, own, opens, following), s, float("-inf"))
-            new = tl.maximum(largest, tl.max(s, axis=1))
-            total = total * tl.exp(largest - safe(new)) + tl.sum(tl.exp(s - safe(new)[:, None]), axis=1)
-            largest = new
-    return safe(largest) + tl.log(total), listed
-
-
-@triton.jit
-def direct_weights(s, n, own, repeated, opens, following, t, g, l_n, l_p):
-    """The gradient by the scores s of gathered rows: [GATHERED, BLOCK]."""
-    negative = tl.where(answers_for(n, own, opens, following), tl.exp(s - l_n[:, None]), 0.0)
-    counts = (n[None, :] == own[:, None]) & (s != float("-inf")) & (repeated == 0)[:, None]
-    listed = tl.exp(s + (tl.log(1 - t) - l_n)[:, None]) - tl.exp((tl.log(t) - l_p)[:, None] - s)
-    return g[:, None] * tl.where(counts, listed, negative)
-
-
-@triton.jit
-def unsafe_rows(exponents, pivots, h, m, heads, length):
-    """Which rows (h, m), with these pivots, have a bound that is too large for the sweep."""
-    inside = (h < heads) & (m < length)
-    exponent = tl.load(exponents + h.to(tl.int64) * length + m, mask=inside, other=float("-inf"))
-    return exponent + pivots > SAFE_BOUND
-
-
-# --- forward ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def pointer_loss_kernel(
-    q, k, start, end, mask, exponents, values, cells, labels, pivots, rows, negatives, positives,
-    count, groups_of_sentence, heads, length, max_width, scale,
-    stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Log-sums of BLOCK rows of HEADS heads of a group to a program, and those of the listed spans among them."""
-    tiles = tl.cdiv(length, BLOCK)
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    m_first = tl.program_id(0) % tiles * BLOCK
-    m = m_first + tl.arange(0, BLOCK)
-    h_first = tl.program_id(1) * HEADS
-    b = group // groups_of_sentence
-    first_head = group % groups_of_sentence * heads
-    start += b * stride_sb + first_head * stride_sh
-    end += b * stride_eb + first_head * stride_eh
-    mask += b * stride_mb
-    q += group * length * SIZE
-    k += group * length * SIZE
-    of_group = group * heads * length
-    largest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-    sums = tl.zeros([BLOCK, HEADS], dtype=tl.float32)
-    for n_first in range(0, length, BLOCK):
-        if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
-            n = n_first + tl.arange(0, BLOCK)
-            x = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
-            x = keep_valid(x, m[:, None], n[None, :], length, max_width, TRIL, BANDED)
-            new = tl.maximum(largest, tl.max(x, axis=1))
-            p = tl.exp(x - safe(new)[:, None])
-            v = load_heads(values + of_group, h_first, heads, n, length, 0.0, HEADS)
-            sums *= tl.exp(largest - safe(new))[:, None]
-            sums = tl.dot(operand(p, q), operand(v, q), acc=sums, input_precision=PRECISION)
-            largest = new
+        kept = load_kept(inputs.mask, token, shape.length)
+        extent = tl.maximum(extent, tl.max(tl.where(kept, token + 1, 0), axis=0))
+        end = load_bias(inputs.end, (token < shape.length) & (h < shape.heads), h, token)  # does not wait for the mask
+        largest = tl.maximum(largest, tl.max(tl.where(kept, below_inf(end), float("-inf")), axis=0))
     largest = safe(largest)
-    if tl.program_id(1) == 0:
-        tl.store(pivots + group * length + m, largest, mask=m < length)
-    bounds = load_heads(exponents + of_group, h_first, heads, m, length, float("-inf"), HEADS) + largest[:, None]
-    unsafe = bounds > SAFE_BOUND
-    h = h_first + tl.arange(0, HEADS)
-    at = rows + of_group + h.to(tl.int64)[None, :] * length + m[:, None]
-    tl.store(at, bounds + tl.log(sums), mask=(m < length)[:, None] & (h < heads)[None, :] & (unsafe == 0))
-
-    if tl.max(tl.max(unsafe.to(tl.int32), axis=1), axis=0) > 0:
-        for i in range(h_first, h_first + HEADS):
-            for m_i_first in range(m_first, m_first + BLOCK, GATHERED):
-                h_i = tl.full([GATHERED], i, dtype=tl.int32)
-                m_i = m_i_first + tl.arange(0, GATHERED)
-                pivot_i = tl.sum(tl.where(m[None, :] == m_i[:, None], largest[None, :], 0.0), axis=1)
-                live = unsafe_rows(exponents + of_group, pivot_i, h_i, m_i, heads, length)
-                if tl.max(live.to(tl.int32), axis=0) > 0:
-                    nothing = tl.full([GATHERED], -1, dtype=tl.int32)
-                    log_sums, _ = direct_log_sums(
-                        q, k, start, end, mask, h_i, m_i, live, nothing, nothing > 0, nothing + 1 + length,
-                        m_first, length, max_width, scale, stride_sh, stride_sn, stride_eh, stride_en, stride_mn,
-                        HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK, BLOCK,
-                    )  # fmt: skip
-                    tl.store(rows + of_group + h_i.to(tl.int64) * length + m_i, log_sums, mask=live)
-
-    plane_cells = tl.cast(length, tl.int64) * length
-    first, stop = find_spans(cells, count, group * heads * plane_cells, (group + 1) * heads * plane_cells, 1024)
-    for p_first in range(first, stop, GATHERED):
-        p_i = p_first + tl.arange(0, GATHERED)
-        h_i, m_i, own, here, repeated, opens, following = load_listed(cells, p_i, stop, count, heads, length)
-        live = here & (m_i >= m_first) & (m_i < m_first + BLOCK) & (h_i >= h_first) & (h_i < h_first + HEADS)
-        if tl.max(live.to(tl.int32), axis=0) > 0:
-            log_sums, listed = direct_log_sums(
-                q, k, start, end, mask, h_i, m_i, live, own, opens, following,
-                m_first, length, max_width, scale, stride_sh, stride_sn, stride_eh, stride_en, stride_mn,
-                HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK, BLOCK,
-            )  # fmt: skip
-            t = tl.load(labels + p_i, mask=here, other=1.0)
-            counts = (repeated == 0) & (listed != float("-inf"))
-            own_negative = tl.where(counts, listed + tl.log(1 - t), float("-inf"))
-            either = safe(tl.maximum(log_sums, own_negative))
-            tl.store(
-                negatives + p_i, either + tl.log(tl.exp(log_sums - either) + tl.exp(own_negative - either)), mask=live
-            )
-            tl.store(positives + p_i, tl.where(counts, tl.log(t) - listed, float("-inf")), mask=live)
-
-
-@triton.jit
-def combine_kernel(
-    rows, cells, negatives, positives, losses, log_sums, count, planes, length, HAS_SPANS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The loss of one head of a sentence to a program: l_n and l_p of what its rows and listed spans have summed."""
-    plane = tl.program_id(0).to(tl.int64)
-    m_n = 0.0
-    m_p = 0.0
-    S_n = tl.zeros([BLOCK], dtype=tl.float32)
-    S_p = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(0, length, BLOCK):
+    for first in range(0, shape.padded, BLOCK):
         token = first + tl.arange(0, BLOCK)
-        a = tl.load(rows + plane * length + token, mask=token < length, other=float("-inf"))
-        m = tl.maximum(m_n, pivot(a, 0))
-        S_n = S_n * tl.exp(m_n - m) + tl.exp(a - m)
-        m_n = m
-    if HAS_SPANS:
-        for first in range(0, count, BLOCK):
-            p = first + tl.arange(0, BLOCK)
-            cell = tl.load(cells + p, mask=p < count, other=NOWHERE)
-            mine = (p < count) & (cell // length // length == plane)
-            a = tl.load(negatives + p, mask=mine, other=float("-inf"))
-            c = tl.load(positives + p, mask=mine, other=float("-inf"))
-            m = tl.maximum(m_n, pivot(a, 0))
-            S_n = S_n * tl.exp(m_n - m) + tl.exp(a - m)
-            m_n = m
-            m = tl.maximum(m_p, pivot(c, 0))
-            S_p = S_p * tl.exp(m_p - m) + tl.exp(c - m)
-            m_p = m
-    l_n = log_term(m_n, tl.sum(S_n, axis=0))
-    l_p = log_term(m_p, tl.sum(S_p, axis=0))
-    tl.store(log_sums + plane, l_n)
-    tl.store(log_sums + planes + plane, l_p)
-    tl.store(losses + plane, l_n + l_p)
+        there = token < shape.padded
+        kept = load_kept(inputs.mask, token, shape.length) & (h < shape.heads)
+        end = below_inf(load_bias(inputs.end, kept, h, token))
+        value = tl.where(end == FLOAT_MAX, 0.0, tl.exp(end - largest))  # whose rows are all direct
+        tl.store(group.exp_ends + row + token, value.to(tile.TABLE), mask=there)
+        tl.store(group.ends + row + token, end, mask=there)
+        tl.store(group.starts + row + token, below_inf(load_bias(inputs.start, kept, h, token)), mask=there)
+        if h >= shape.heads:  # that of others is written by combine
+            tl.store(group.weights + row + token, (value * 0).to(tile.TABLE), mask=there)
+    tl.store(group.largest_ends + h, largest)
+    tl.store(group.extent, extent, mask=h == 0)
 
 
-# --- backward --------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=PER_BATCH)
+def prepare_kernel(
+    q, k, start, end, mask, positions, spans, span_labels, workspace,
+    own_heads, groups, heads, length, count, n_bits, h_bits, max_width, sign, sorters,
+    stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn, stride_pb, stride_pn,
+    stride_ls, stride_lc, stride_t,
+    tile, BLOCK: tl.constexpr, TOKENS: tl.constexpr, COUNTING: tl.constexpr,
+):  # fmt: skip
+    """SORTED spans to a program, or LANES that are left unsorted, or TOKENS tokens of q and of k of a group, or one head of it."""
+    shape = open_shape(groups, heads, length, max_width, tile)
+    at = tl.program_id(0) - sorters
+    tiles = shape.padded // TOKENS
+    head = at - groups * tiles
+    i = tl.where(head < 0, at // tiles, head // shape.padded_heads)
+    group = open_group(workspace, count, i, 1.0, shape, tile)
+    b = i // own_heads
+    h = i % own_heads
+    kept = open_tokens(mask, b, stride_mb, stride_mn)
+    if at < 0:
+        listing = Listing(spans, stride_ls, stride_lc, span_labels, stride_t, mask, stride_mb, stride_mn, own_heads)
+        to = open_spans(workspace, count, n_bits, h_bits)
+        if COUNTING:
+            sort_spans(listing, tl.program_id(0) * SORTED, to, shape, tile, SORTED)
+        else:
+            store_keys(listing, tl.program_id(0) * LANES, to, shape, tile, LANES)
+    elif head < 0:
+        token = at % tiles * TOKENS + tl.arange(0, TOKENS)
+        kept_m = load_kept(kept, token, length)
+        angles = (0.0, 0.0)
+        if tile.ROPE:
+            position = load_positions(open_tokens(positions, b, stride_pb, stride_pn), token, length)
+            angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
+        of_q = open_bias(q, b, h, stride_qb, stride_qh, stride_qn)
+        of_k = open_bias(k, b, h, stride_kb, stride_kh, stride_kn)
+        prepare_vectors(of_q.ptr, stride_qn, stride_qd, group.q, token, kept_m, angles, sign, tile)
+        prepare_vectors(of_k.ptr, stride_kn, stride_kd, group.k, token, kept_m, angles, 1.0, tile)
+    else:
+        of_start = open_bias(start, b, h * heads, stride_sb, stride_sh, stride_sn)
+        of_end = open_bias(end, b, h * heads, stride_eb, stride_eh, stride_en)
+        prepare_head(group, Inputs(of_start, of_end, kept), head % shape.padded_heads, shape, tile, BLOCK)
+
+
+# --- launch 2: the sweep, and listed spans beside it -----------------------------------------------------------------
 
 
 @triton.jit
-def weigh_gathered(
-    q, k, start, end, mask, upstream, log_sums, share, planes, h, m, n, live, own, repeated, opens, following, t,
-    length, max_width, scale, stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
+def sweep_rows(group, m_first, h_first, shape, tile):
+    """sums and pivots of BM rows, sums of HEADS heads."""
+    m = m_first + tl.arange(0, tile.BM)
+    h = h_first + tl.arange(0, tile.HEADS)
+    factor = group.scale * LOG2E
+    q_m = load_vectors(group.q, m_first, tile.BM, tile.VECTOR)
+    largest = tl.full([tile.BM], float("-inf"), dtype=tl.float32)
+    sums = tl.zeros([tile.BM, tile.HEADS], dtype=tl.float32)
+    first, stop = columns_of(m_first, m_first + tile.BM - 1, tl.load(group.extent), shape, tile)
+    for n_first in tl.range(first, stop, tile.BN, num_stages=tile.STAGES):
+        n = n_first + tl.arange(0, tile.BN)
+        k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
+        v_n = load_heads(group.exp_ends, h_first, n_first, tile.HEADS, tile.BN, shape.padded)
+        x = tl.dot(q_m, tl.trans(k_n), input_precision=tile.PRECISION)  # [BM, BN]
+        x = keep_valid(x, m[:, None], n[None, :], float("-inf"), shape.max_width, tile.TRIL)
+        new = tl.minimum(tl.maximum(largest, tl.max(x, axis=1) * factor), FLOAT_MAX)
+        p = tl.exp2(x * factor - safe(new)[:, None])  # [BM, BN]
+        sums = add_product(sums * tl.exp2(largest - safe(new))[:, None], p, v_n, tile)  # [BM, HEADS]
+        largest = new
+    tl.store(group.pivots + m, safe(largest), mask=(m >= 0) & (h_first == 0))
+    tl.store(group.sums + h.to(tl.int64)[None, :] * shape.padded + m[:, None], sums)
+
+
+@triton.jit
+def sum_listed(group, spans, within, shape, tile):
+    """negatives and positives of the spans within (first, stop, step)."""
+    for p_first in range(within[0], within[1], within[2]):
+        p = p_first + tl.arange(0, GATHERED)
+        rows = load_rows(group, spans, p, within[1], shape, tile)
+        log_sums, listed = direct_log_sums(rows, group, shape, tile)
+        counts = (rows.left_out == 0) & (listed != float("-inf"))
+        own = tl.where(counts, log_rest(listed, rows.label), float("-inf"))
+        either = tl.minimum(safe(tl.maximum(log_sums, own)), FLOAT_MAX)
+        negatives = either + tl.log(tl.exp(log_sums - either) + tl.exp(own - either))
+        tl.store(spans.negatives + p, negatives, mask=rows.live)
+        tl.store(spans.positives + p, tl.where(counts, tl.log(rows.label) - listed, float("-inf")), mask=rows.live)
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
+def sweep_kernel(
+    workspace, groups, heads, length, count, n_bits, h_bits, max_width, scale, listers, tile
 ):  # fmt: skip
-    """The gradient by the scores of gathered rows (h, m) in columns n; upstream and log_sums are the group's."""
-    s = gathered_scores(
-        q, k, start, end, mask, h, m, n, live, length, max_width, scale,
-        stride_sh, stride_sn, stride_eh, stride_en, stride_mn,
-        HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK,
+    """Of a group to a program: every listers-th batch of its spans, or BM rows of HEADS heads."""
+    shape = open_shape(groups, heads, length, max_width, tile)
+    i = tl.program_id(0) % groups
+    turn_of = tl.program_id(0) // groups
+    group = open_group(workspace, count, i, scale, shape, tile)
+    if turn_of < listers:
+        spans = open_spans(workspace, count, n_bits, h_bits)
+        first = first_key(spans, tl.cast(i, tl.int64) << (2 * n_bits + h_bits))
+        stop = first_key(spans, tl.cast(i + 1, tl.int64) << (2 * n_bits + h_bits))
+        tl.store(group.spans, first, mask=turn_of == 0)
+        tl.store(group.spans + 1, stop, mask=turn_of == 0)
+        sum_listed(group, spans, (first + turn_of * GATHERED, stop, listers * GATHERED), shape, tile)
+    else:
+        blocks = shape.padded_heads // tile.HEADS
+        at = turn_of - listers
+        sweep_rows(group, at // blocks * tile.BM, at % blocks * tile.HEADS, shape, tile)
+
+
+# --- launch 3: combine -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def add_exponents(m, S, x):
+    """m, S with exp(m) S = the sum so far, m at least 0, and the exponents x added."""
+    new = tl.maximum(m, pivot(x, 0))
+    return new, S * tl.exp(m - new) + tl.sum(tl.exp(x - new), axis=0)
+
+
+@triton.jit
+def sum_spans(group, spans, within, h, shape):
+    """m_n, S_n, m_p, S_p of the listed spans of a head; in place of the sums of their rows -1."""
+    m_n, S_n, m_p, S_p = 0.0, 0.0, 0.0, 0.0
+    fields = tl.full([], 1, tl.int64)
+    for p_first in range(within[0], within[1], LANES):
+        p = p_first + tl.arange(0, LANES)
+        row = tl.load(spans.keys + p, mask=p < within[1], other=0) >> spans.n_bits
+        mine = (p < within[1]) & ((row & ((fields << spans.h_bits) - 1)) == h)
+        m_n, S_n = add_exponents(m_n, S_n, tl.load(spans.negatives + p, mask=mine, other=float("-inf")))
+        m_p, S_p = add_exponents(m_p, S_p, tl.load(spans.positives + p, mask=mine, other=float("-inf")))
+        m = row >> spans.h_bits & ((fields << spans.n_bits) - 1)
+        tl.store(group.sums + tl.cast(h, tl.int64) * shape.padded + m, -1.0, mask=mine)
+    return m_n, S_n, m_p, S_p
+
+
+@triton.jit
+def load_sums(group, h, m, shape):
+    """Of rows m of a head: bound, sum, whether the bound is too large; below extremes, bound -inf for listed rows."""
+    inside = m < shape.padded
+    row = tl.cast(h, tl.int64) * shape.padded
+    total = tl.load(group.sums + row + m, mask=inside, other=0.0)
+    bound = tl.load(group.starts + row + m, mask=inside, other=float("-inf")) + tl.load(group.largest_ends + h)
+    bound += tl.load(group.pivots + m, mask=inside, other=0.0) * LN2
+    bound = tl.where(total < 0, float("-inf"), bound)
+    return bound, total, bound > SAFE_BOUND
+
+
+@triton.jit
+def sum_safe(group, h, shape, BLOCK: tl.constexpr):
+    """The sum of the rows that the sweep has summed, which needs no pivot; the number of those it may not: a list."""
+    S_n = 0.0
+    count = 0
+    for first in range(0, shape.length, BLOCK):
+        m = first + tl.arange(0, BLOCK)
+        bound, total, unsafe = load_sums(group, h, m, shape)
+        S_n += tl.sum(tl.exp(tl.where(unsafe, float("-inf"), bound)) * tl.where(unsafe, 0.0, total), axis=0)
+        more = tl.sum(unsafe.to(tl.int32), axis=0)
+        if more > 0:
+            place = count + tl.cumsum(unsafe.to(tl.int32), axis=0) - 1
+            tl.store(group.unsafe + tl.cast(h, tl.int64) * shape.padded + place, m, mask=unsafe)
+        count += more
+    tl.store(group.unsafe_counts + h, count)
+    return S_n, count
+
+
+@triton.jit
+def sum_unsafe(group, h, count, shape, tile):
+    """m_n, S_n of the unsafe rows of a head; in place of their sums, their log-sums."""
+    m_n, S_n = 0.0, 0.0
+    tl.debug_barrier()  # before other threads read the list
+    for first in range(0, count, GATHERED):
+        rows = load_unsafe(group, h, first + tl.arange(0, GATHERED), count, shape, tile)
+        log_sums, _ = direct_log_sums(rows, group, shape, tile)
+        log_sums = tl.where(rows.live, log_sums, float("-inf"))
+        tl.store(group.sums + tl.cast(h, tl.int64) * shape.padded + rows.m, log_sums, mask=rows.live)
+        m_n, S_n = add_exponents(m_n, S_n, log_sums)
+    tl.debug_barrier()
+    return m_n, S_n
+
+
+@triton.jit
+def share_rows(group, h, l_n, shape, tile, BLOCK: tl.constexpr):
+    """A of a head; in place of sums, each row's part in the loss."""
+    row = tl.cast(h, tl.int64) * shape.padded
+    for first in range(0, shape.padded, BLOCK):
+        m = first + tl.arange(0, BLOCK)
+        bound, total, unsafe = load_sums(group, h, m, shape)
+        a = tl.exp(tl.where(unsafe, float("-inf"), bound) - l_n)
+        part = tl.where(unsafe, tl.exp(total - l_n), a * total)
+        tl.store(group.sums + row + m, part, mask=m < shape.padded)
+        tl.store(group.weights + row + m, a.to(tile.TABLE), mask=m < shape.padded)
+
+
+@triton.jit
+def share_listed(group, spans, within, h, l_n, l_p, shape):
+    """The part of each listed row of a head: its first span sums over the others, one after another."""
+    fields = tl.full([], 1, tl.int64)
+    for p_first in range(within[0], within[1], LANES):
+        p = p_first + tl.arange(0, LANES)
+        row = tl.load(spans.keys + p, mask=p < within[1], other=NOWHERE) >> spans.n_bits
+        before = tl.load(spans.keys + p - 1, mask=(p < within[1]) & (p > 0), other=-1) >> spans.n_bits
+        opens = (p < within[1]) & (before != row) & ((row & ((fields << spans.h_bits) - 1)) == h)
+        more = opens
+        part = tl.zeros([LANES], dtype=tl.float32)
+        while tl.max(more.to(tl.int32), axis=0) > 0:
+            part += tl.exp(tl.load(spans.negatives + p, mask=more, other=float("-inf")) - l_n)
+            part -= tl.exp(tl.load(spans.positives + p, mask=more, other=float("-inf")) - l_p)
+            p += 1
+            following = tl.load(spans.keys + p, mask=more & (p < within[1]), other=NOWHERE) >> spans.n_bits
+            more = more & (following == row)
+        m = row >> spans.h_bits & ((fields << spans.n_bits) - 1)
+        tl.store(group.sums + tl.cast(h, tl.int64) * shape.padded + m, part, mask=opens)
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
+def combine_kernel(
+    workspace, losses, groups, heads, length, count, n_bits, h_bits, max_width, scale, tile, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A head of a group to a program; losses [groups, heads]."""
+    shape = open_shape(groups, heads, length, max_width, tile)
+    h = tl.program_id(0) % heads
+    group = open_group(workspace, count, tl.program_id(0) // heads, scale, shape, tile)
+    spans = open_spans(workspace, count, n_bits, h_bits)
+    within = spans_of(group, count)
+    m_n, S_n, m_p, S_p = sum_spans(group, spans, within, h, shape)
+    tl.debug_barrier()  # before other threads read these sums
+    S_safe, unsafe = sum_safe(group, h, shape, BLOCK)
+    S_n += S_safe * tl.exp(-m_n)
+    if unsafe > 0:
+        m_unsafe, S_unsafe = sum_unsafe(group, h, unsafe, shape, tile)
+        most = tl.maximum(m_n, m_unsafe)
+        S_n = S_n * tl.exp(m_n - most) + S_unsafe * tl.exp(m_unsafe - most)
+        m_n = most
+    l_n = log_term(m_n, S_n)
+    l_p = log_term(m_p, S_p)
+    tl.store(group.l_n + h, l_n)
+    tl.store(group.l_p + h, l_p)
+    tl.store(losses + tl.program_id(0), l_n + l_p)
+    share_rows(group, h, l_n, shape, tile, BLOCK)
+    tl.debug_barrier()  # before other threads write over some of it
+    share_listed(group, spans, within, h, l_n, l_p, shape)
+
+
+# --- launch 4: the sweeps back, and listed spans beside them ---------------------------------------------------------
+
+
+class Upstream(NamedTuple):
+    """[heads] of a group, to be multiplied by a share."""
+
+    ptr: Any
+    stride_h: Any
+    share: Any
+
+
+class Gradients(NamedTuple):
+    """In float32, what launch 4 leaves of a group."""
+
+    d_q: Any  # [padded, VECTOR] of the first share of heads: dx R k
+    d_k: Any  # dx^T R q
+    d_ends: Any  # [padded heads, padded]
+    d_listed: Any  # [count, VECTOR], of all groups: dx R k of listed spans
+    share: Any  # how far one share of heads is from the next
+
+
+@triton.jit
+def open_upstream(upstream, share, i, own_heads, heads, strides):
+    b = tl.cast(i // own_heads, tl.int64)
+    h = tl.cast(i % own_heads * heads, tl.int64)
+    return Upstream(upstream + b * strides[0] + h * strides[1], strides[1], share)
+
+
+@triton.jit
+def load_upstream(upstream, h, shape):
+    x = tl.load(upstream.ptr + h.to(tl.int64) * upstream.stride_h, mask=h < shape.heads, other=0.0)
+    return x.to(tl.float32) * upstream.share
+
+
+@triton.jit
+def load_terms(group, upstream, rows, shape):
+    l_n = tl.load(group.l_n + rows.h, mask=rows.live, other=0.0)
+    l_p = tl.load(group.l_p + rows.h, mask=rows.live, other=0.0)
+    return Terms(l_n, l_p, load_upstream(upstream, rows.h, shape))
+
+
+@triton.jit
+def open_gradients(gradients, count, i, shape, tile):
+    groups = tl.cast(shape.groups, tl.int64)
+    at = tl.cast(i, tl.int64)
+    tokens = shape.padded * tile.VECTOR
+    d_ends = gradients + tl.cast(count, tl.int64) * tile.VECTOR
+    vectors = d_ends + groups * shape.padded_heads * shape.padded
+    return Gradients(
+        vectors + at * tokens,
+        vectors + (groups + at) * tokens,
+        d_ends + at * shape.padded_heads * shape.padded,
+        gradients,
+        2 * groups * tokens,
+    )
+
+
+@triton.jit
+def sweep_back_rows(group, upstream, m_first, h_first, shape, tile):
+    """dx R k of BM rows, of BACK_HEADS heads."""
+    m = m_first + tl.arange(0, tile.BM)
+    h = h_first + tl.arange(0, tile.BACK_HEADS)
+    a_m = load_heads(group.weights, h_first, m_first, tile.BACK_HEADS, tile.BM, shape.padded)
+    a_m = tl.trans((a_m * load_upstream(upstream, h, shape)[:, None]).to(tile.TABLE))  # [BM, BACK_HEADS], g A
+    q_m = load_vectors(group.q, m_first, tile.BM, tile.VECTOR)
+    pivot_m = tl.load(group.pivots + m)
+    d_q = tl.zeros([tile.BM, tile.VECTOR], dtype=tl.float32)
+    factor = group.scale * LOG2E
+    first, stop = columns_of(m_first, m_first + tile.BM - 1, tl.load(group.extent), shape, tile)
+    for n_first in tl.range(first, stop, tile.BN, num_stages=tile.STAGES):
+        n = n_first + tl.arange(0, tile.BN)
+        k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
+        v_n = load_heads(group.exp_ends, h_first, n_first, tile.BACK_HEADS, tile.BN, shape.padded)
+        x = tl.dot(q_m, tl.trans(k_n), input_precision=tile.PRECISION)  # [BM, BN]
+        dx = tl.exp2(x * factor - pivot_m[:, None]) * multiply_heads(a_m, v_n, tile)
+        dx = keep_valid(dx, m[:, None], n[None, :], 0.0, shape.max_width, tile.TRIL)
+        d_q = tl.dot(dx.to(tile.TABLE), k_n.to(tile.TABLE), acc=d_q, input_precision=tile.PRECISION)
+    return d_q
+
+
+@triton.jit
+def sweep_back_columns(group, upstream, n_first, h_first, shape, tile):
+    """dx^T R q and dend of BN columns, of BACK_HEADS heads. Tiles are transposed."""
+    n = n_first + tl.arange(0, tile.BN)
+    h = h_first + tl.arange(0, tile.BACK_HEADS)
+    k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
+    v_n = load_heads(group.exp_ends, h_first, n_first, tile.BACK_HEADS, tile.BN, shape.padded)
+    v_n = tl.trans((v_n * load_upstream(upstream, h, shape)[:, None]).to(tile.TABLE))  # [BN, BACK_HEADS], g V
+    d_k = tl.zeros([tile.BN, tile.VECTOR], dtype=tl.float32)
+    d_end = tl.zeros([tile.BN, tile.BACK_HEADS], dtype=tl.float32)
+    factor = group.scale * LOG2E
+    first, stop = rows_of(n_first, tl.load(group.extent), shape, tile)
+    for m_first in tl.range(first, stop, tile.BACK_BM, num_stages=tile.STAGES):
+        m = m_first + tl.arange(0, tile.BACK_BM)
+        q_m = load_vectors(group.q, m_first, tile.BACK_BM, tile.VECTOR)
+        a_m = load_heads(group.weights, h_first, m_first, tile.BACK_HEADS, tile.BACK_BM, shape.padded)
+        x = tl.dot(k_n, tl.trans(q_m), input_precision=tile.PRECISION)  # [BN, BACK_BM]
+        p = tl.exp2(x * factor - tl.load(group.pivots + m)[None, :])
+        p = keep_valid(p, m[None, :], n[:, None], 0.0, shape.max_width, tile.TRIL)
+        dx = (p * multiply_heads(v_n, a_m, tile)).to(tile.TABLE)
+        d_k = tl.dot(dx, q_m.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
+        d_end = add_product(d_end, p, a_m, tile)
+    at = h.to(tl.int64)[None, :] * shape.padded + n[:, None]
+    v_n = tl.load(group.exp_ends + at).to(tl.float32) * load_upstream(upstream, h, shape)[None, :]
+    return d_k, d_end * v_n
+
+
+@triton.jit
+def list_vectors(group, spans, within, upstream, d_listed, shape, tile):
+    """dx R k of the listed spans within (first, stop, step)."""
+    d = tl.arange(0, tile.VECTOR)[None, :]
+    for p_first in range(within[0], within[1], within[2]):
+        p = p_first + tl.arange(0, GATHERED)
+        rows = load_rows(group, spans, p, within[1], shape, tile)
+        d_q = direct_vectors(rows, load_terms(group, upstream, rows, shape), group, shape, tile)
+        tl.store(d_listed + p.to(tl.int64)[:, None] * tile.VECTOR + d, d_q, mask=rows.live[:, None])
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
+def sweep_back_kernel(
+    workspace, gradients, upstream,
+    own_heads, groups, heads, length, count, n_bits, h_bits, max_width, scale, share, listers, stride_ub, stride_uh,
+    tile,
+):  # fmt: skip
+    """Of a group to a program: every listers-th batch of its spans, or BM rows, or BN columns of BACK_HEADS heads."""
+    shape = open_shape(groups, heads, length, max_width, tile)
+    i = tl.program_id(0) % groups
+    turn_of = tl.program_id(0) // groups
+    group = open_group(workspace, count, i, scale, shape, tile)
+    out = open_gradients(gradients, count, i, shape, tile)
+    upstream = open_upstream(upstream, share, i, own_heads, heads, (stride_ub, stride_uh))
+    if turn_of < listers:
+        spans = open_spans(workspace, count, n_bits, h_bits)
+        first, stop = spans_of(group, count)
+        within = (first + turn_of * GATHERED, stop, listers * GATHERED)
+        list_vectors(group, spans, within, upstream, out.d_listed, shape, tile)
+    else:
+        blocks = shape.padded_heads // tile.BACK_HEADS
+        at = (turn_of - listers) // 2
+        h_first = at % blocks * tile.BACK_HEADS
+        first = at // blocks * tile.BM
+        d = tl.arange(0, tile.VECTOR)[None, :]
+        if (turn_of - listers) % 2 == 0:
+            m = (first + tl.arange(0, tile.BM)).to(tl.int64)
+            d_q = sweep_back_rows(group, upstream, first, h_first, shape, tile)
+            tl.store(out.d_q + at % blocks * out.share + m[:, None] * tile.VECTOR + d, d_q)
+        else:
+            first = shape.padded - tile.BN - first
+            n = (first + tl.arange(0, tile.BN)).to(tl.int64)
+            h = (h_first + tl.arange(0, tile.BACK_HEADS)).to(tl.int64)
+            d_k, d_end = sweep_back_columns(group, upstream, first, h_first, shape, tile)
+            tl.store(out.d_k + at % blocks * out.share + n[:, None] * tile.VECTOR + d, d_k)
+            tl.store(out.d_ends + h[None, :] * shape.padded + n[:, None], d_end)
+
+
+# --- launch 5: direct rows, and turning back -------------------------------------------------------------------------
+
+
+class Owned(NamedTuple):
+    """What a program of launch 5 owns: gradients of its tokens."""
+
+    token: Any
+    k: Any  # [TOKENS, VECTOR]: theirs
+    h: Any  # BACK_HEADS heads
+    d_q: Any  # [TOKENS, VECTOR]
+    d_k: Any
+    d_end: Any  # [BACK_HEADS, TOKENS]
+
+
+@triton.jit
+def open_owned(group, left, first, h_first, shape, tile, BLOCKS: tl.constexpr):
+    """With what launch 4 has left, summed over BLOCKS blocks of heads."""
+    token = first + tl.arange(0, tile.TOKENS)
+    h = h_first + tl.arange(0, tile.BACK_HEADS)
+    d_q = load_vectors(left.d_q, first, tile.TOKENS, tile.VECTOR)
+    d_k = load_vectors(left.d_k, first, tile.TOKENS, tile.VECTOR)
+    for block in tl.static_range(1, BLOCKS):
+        d_q += load_vectors(left.d_q + block * left.share, first, tile.TOKENS, tile.VECTOR)
+        d_k += load_vectors(left.d_k + block * left.share, first, tile.TOKENS, tile.VECTOR)
+    d_end = load_heads(left.d_ends, h_first, first, tile.BACK_HEADS, tile.TOKENS, shape.padded)
+    return Owned(token, load_vectors(group.k, first, tile.TOKENS, tile.VECTOR), h, d_q, d_k, d_end)
+
+
+@triton.jit
+def add_rows(owned, rows, terms, d_rows, group, shape, tile):
+    """owned, with what direct rows, whose dq is d_rows, give to its tokens."""
+    s = direct_scores(owned.k, owned.token, rows, group, shape, tile)
+    dx = direct_weights(s, owned.token, rows, terms)  # [GATHERED, TOKENS]
+    d_k = tl.dot(
+        tl.trans(dx.to(tile.TABLE)), rows.q.to(tile.TABLE), acc=owned.d_k, input_precision=tile.PRECISION
     )  # fmt: skip
-    g = tl.load(upstream + h.to(tl.int64) * stride_uh, mask=live, other=0.0).to(tl.float32) * share
-    l_n = tl.load(log_sums + h, mask=live, other=0.0)
-    l_p = tl.load(log_sums + planes + h, mask=live, other=0.0)
-    return direct_weights(s, n, own, repeated, opens, following, t, g, l_n, l_p)
+    at_heads = (owned.h[:, None] == rows.h[None, :]) & rows.live[None, :]  # [BACK_HEADS, GATHERED]
+    if tile.BACK_HEADS == 1:
+        d_end = owned.d_end + tl.sum(tl.where(rows.live[:, None], dx, 0.0), axis=0)[None, :]
+    else:
+        d_end = tl.dot(
+            at_heads.to(tile.TABLE), dx.to(tile.TABLE), acc=owned.d_end, input_precision=tile.PRECISION
+        )  # fmt: skip
+    places = ((owned.token[:, None] == rows.m[None, :]) & rows.live[None, :]).to(tl.float32)  # [TOKENS, GATHERED]
+    d_q = tl.dot(places, d_rows, acc=owned.d_q, input_precision="ieee" if tile.PRECISION == "ieee" else "tf32x3")
+    return Owned(owned.token, owned.k, owned.h, d_q, d_k, d_end)
 
 
 @triton.jit
-def pointer_loss_rows_kernel(
-    q, k, start, end, mask, exponents, values, cells, labels, pivots, rows, log_sums, upstream, a, d_q, d_start,
-    count, groups_of_sentence, heads, length, planes, max_width, scale, share,
-    stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn, stride_ub, stride_uh,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
-    BLOCK: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """A, d(start) and the share of HEADS heads in R dq, of BLOCK rows to a program, and PART elements of R dq."""
-    tiles = tl.cdiv(length, BLOCK)
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    m_first = tl.program_id(0) % tiles * BLOCK
-    m = m_first + tl.arange(0, BLOCK)
-    h_first = tl.program_id(1) * HEADS
-    h = h_first + tl.arange(0, HEADS)
-    b = group // groups_of_sentence
-    first_head = group % groups_of_sentence * heads
-    start += b * stride_sb + first_head * stride_sh
-    end += b * stride_eb + first_head * stride_eh
-    mask += b * stride_mb
-    upstream += b * stride_ub + first_head * stride_uh
-    log_sums += group * heads
-    q += group * length * SIZE
-    k += group * length * SIZE
-    pivots += group * length
-    of_group = group * heads * length
-
-    g = load_of_planes(upstream, h_first, heads, stride_uh, 0.0, HEADS) * share
-    l_n = load_of_planes(log_sums, h_first, heads, 1, 0.0, HEADS)
-    pivot_m = tl.load(pivots + m, mask=m < length, other=0.0)
-    bounds = load_heads(exponents + of_group, h_first, heads, m, length, float("-inf"), HEADS) + pivot_m[:, None]
-    unsafe = bounds > SAFE_BOUND
-    a_m = g[None, :] * tl.exp(tl.where(unsafe, float("-inf"), bounds) - l_n[None, :])
-    here = (m < length)[:, None] & (h < heads)[None, :]
-    at = of_group + h.to(tl.int64)[None, :] * length + m[:, None]
-    if tl.program_id(2) == 0:
-        tl.store(a + at, a_m, mask=here)
-    a_m = operand(a_m, q)
-    row_sums = tl.load(rows + at, mask=here, other=float("-inf"))
-    d_s = g[None, :] * tl.exp(row_sums - l_n[None, :])
-
-    d = tl.zeros([BLOCK, PART], dtype=tl.float32)
-    for n_first in range(0, length, BLOCK):
-        if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
-            n = n_first + tl.arange(0, BLOCK)
-            x = tile_product(q, k, m, n, length, SIZE, CHUNK, PRECISION) * scale
-            x = keep_valid(x, m[:, None], n[None, :], length, max_width, TRIL, BANDED)
-            v = load_heads(values + of_group, h_first, heads, n, length, 0.0, HEADS)
-            weights = tl.exp(x - pivot_m[:, None]) * tl.dot(a_m, tl.trans(operand(v, q)), input_precision=PRECISION)
-            k_n = load_part(k, n, length, SIZE, PART)
-            d = tl.dot(operand(weights, q), k_n, acc=d, input_precision=PRECISION)
-
-    if tl.max(tl.max(unsafe.to(tl.int32), axis=1), axis=0) > 0:
-        for i in range(h_first, h_first + HEADS):
-            for m_i_first in range(m_first, m_first + BLOCK, GATHERED):
-                h_i = tl.full([GATHERED], i, dtype=tl.int32)
-                m_i = m_i_first + tl.arange(0, GATHERED)
-                pivot_i = tl.load(pivots + m_i, mask=m_i < length, other=0.0)
-                live = unsafe_rows(exponents + of_group, pivot_i, h_i, m_i, heads, length)
-                if tl.max(live.to(tl.int32), axis=0) > 0:
-                    nothing = tl.full([GATHERED], -1, dtype=tl.int32)
-                    d, _ = add_gathered_rows(
-                        d, d_s, q, k, start, end, mask, upstream, log_sums, share, planes, h_i, m_i, h, m, live,
-                        nothing, nothing > 0, nothing > 0, nothing + 1 + length,
-                        tl.full([GATHERED], 1.0, dtype=tl.float32),
-                        m_first, length, max_width, scale,
-                        stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-                        HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK, PART, BLOCK,
-                    )  # fmt: skip
-
-    plane_cells = tl.cast(length, tl.int64) * length
-    first, stop = find_spans(cells, count, group * heads * plane_cells, (group + 1) * heads * plane_cells, 1024)
+def add_listed(owned, spans, left, upstream, group, shape, tile):
+    d = tl.arange(0, tile.VECTOR)[None, :]
+    first, stop = spans_of(group, spans.count)
     for p_first in range(first, stop, GATHERED):
-        p_i = p_first + tl.arange(0, GATHERED)
-        h_i, m_i, own, listed, repeated, opens, following = load_listed(cells, p_i, stop, count, heads, length)
-        live = listed & (m_i >= m_first) & (m_i < m_first + BLOCK) & (h_i >= h_first) & (h_i < h_first + HEADS)
-        if tl.max(live.to(tl.int32), axis=0) > 0:
-            t = tl.load(labels + p_i, mask=listed, other=1.0)
-            d, d_s = add_gathered_rows(
-                d, d_s, q, k, start, end, mask, upstream, log_sums, share, planes, h_i, m_i, h, m, live, own,
-                repeated, opens, following, t, m_first, length, max_width, scale,
-                stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-                HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK, PART, BLOCK,
+        p = p_first + tl.arange(0, GATHERED)
+        rows = load_rows(group, spans, p, stop, shape, tile)
+        at = left.d_listed + p.to(tl.int64)[:, None] * tile.VECTOR + d
+        d_rows = tl.load(at, mask=rows.live[:, None], other=0.0)  # [GATHERED, VECTOR]
+        owned = add_rows(owned, rows, load_terms(group, upstream, rows, shape), d_rows, group, shape, tile)
+    return owned
+
+
+@triton.jit
+def add_unsafe(owned, upstream, group, shape, tile):
+    at = tl.arange(0, LANES)
+    most = 0
+    for first in range(0, shape.heads, LANES):
+        counts = tl.load(group.unsafe_counts + first + at, mask=first + at < shape.heads, other=0)
+        most = tl.maximum(most, tl.max(counts, axis=0))
+    token_first = tl.min(owned.token, axis=0)
+    for h in range(0, tl.where(most > 0, shape.heads, 0)):
+        count = tl.load(group.unsafe_counts + h)
+        for first in range(0, count, GATHERED):
+            rows = load_unsafe(group, h, first + tl.arange(0, GATHERED), count, shape, tile)
+            terms = load_terms(group, upstream, rows, shape)
+            here = rows.live & (rows.m >= token_first) & (rows.m < token_first + tile.TOKENS)
+            mine = Rows(
+                rows.h, rows.m, here, rows.own, rows.left_out, rows.opens, rows.following, rows.label, rows.q,
+                rows.start,
             )  # fmt: skip
-    if tl.program_id(2) == 0:
-        tl.store(d_start + at, d_s.to(d_start.dtype.element_ty), mask=here)
-    store_part(d_q, d * scale, group, m, length, SIZE, PART)
+            d_rows = direct_vectors(mine, terms, group, shape, tile)  # the others are 0
+            owned = add_rows(owned, rows, terms, d_rows, group, shape, tile)
+    return owned
 
 
 @triton.jit
-def add_gathered_rows(
-    d, d_s, q, k, start, end, mask, upstream, log_sums, share, planes, h_i, m_i, h, m, live, own, repeated, opens,
-    following, t, m_first, length, max_width, scale,
-    stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+def store_vectors(out, x, token, angles, length, tile):
+    """x [TOKENS, VECTOR], turned back, into out [N, SIZE]."""
+    if tile.ROPE:
+        x = turn(x, angles[0], -angles[1])
+    d = tl.arange(0, tile.VECTOR)[None, :]
+    at = out + token.to(tl.int64)[:, None] * tile.SIZE + d
+    tl.store(at, x.to(out.dtype.element_ty), mask=(token < length)[:, None] & (d < tile.SIZE))
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
+def turn_back_kernel(
+    workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end,
+    own_heads, groups, heads, length, count, n_bits, h_bits, max_width, scale, share, sign,
+    stride_ub, stride_uh, stride_pb, stride_pn,
+    tile, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to d [BLOCK, PART] of tokens m, and to d_s [BLOCK, HEADS], what gathered rows (h_i, m_i) give."""
-    d_i = tl.zeros([GATHERED, PART], dtype=tl.float32)
-    sums = tl.zeros([GATHERED], dtype=tl.float32)
-    for n_first in range(0, length, BLOCK):
-        if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
-            n = n_first + tl.arange(0, BLOCK)
-            weights = weigh_gathered(
-                q, k, start, end, mask, upstream, log_sums, share, planes, h_i, m_i, n, live, own, repeated, opens,
-                following, t, length, max_width, scale,
-                stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-                HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK,
-            )  # fmt: skip
-            k_n = load_part(k, n, length, SIZE, PART)
-            d_i = tl.dot(operand(weights, q), k_n, acc=d_i, input_precision=PRECISION)
-            sums += tl.sum(weights, axis=1)
-    places = ((m[:, None] == m_i[None, :]) & live[None, :]).to(tl.float32)
-    d = tl.dot(places, d_i, acc=d, input_precision=PRECISION)
-    at_heads = tl.where(h_i[:, None] == h[None, :], sums[:, None], 0.0)
-    return d, tl.dot(places, at_heads, acc=d_s, input_precision=PRECISION)
+    """TOKENS tokens of a group to a program, and BACK_HEADS heads of the biases. d_q, d_k [groups, N, SIZE]; d_start,
+    d_end [groups, heads, N]: contiguous."""
+    shape = open_shape(groups, heads, length, max_width, tile)
+    i = tl.program_id(0) % groups
+    first = tl.program_id(0) // groups * tile.TOKENS
+    group = open_group(workspace, count, i, scale, shape, tile)
+    left = open_gradients(gradients, count, i, shape, tile)
+    upstream = open_upstream(upstream, share, i, own_heads, heads, (stride_ub, stride_uh))
+    token = first + tl.arange(0, tile.TOKENS)
+    angles = (0.0, 0.0)
+    if tile.ROPE:  # here, where loads are still on their way
+        position = load_positions(open_tokens(positions, i // own_heads, stride_pb, stride_pn), token, length)
+        angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
+    owned = open_owned(group, left, first, tl.program_id(1) * tile.BACK_HEADS, shape, tile, BLOCKS)
+    owned = add_listed(owned, open_spans(workspace, count, n_bits, h_bits), left, upstream, group, shape, tile)
+    owned = add_unsafe(owned, upstream, group, shape, tile)
 
-
-@triton.jit
-def store_part(out, x, group, token, length, SIZE: tl.constexpr, PART: tl.constexpr):
-    """x [BLOCK, PART] into out [shares, groups, length, SIZE], the share of this program's heads."""
-    groups = tl.num_programs(0) // tl.cdiv(length, x.shape[0])
-    d = tl.program_id(2) * PART + tl.arange(0, PART)[None, :]
-    at = out + ((tl.program_id(1) * groups + group) * length + token.to(tl.int64)[:, None]) * SIZE + d
-    tl.store(at, x.to(out.dtype.element_ty), mask=(token < length)[:, None] & (d < SIZE))
-
-
-@triton.jit
-def pointer_loss_columns_kernel(
-    q, k, start, end, mask, exponents, values, cells, labels, pivots, log_sums, upstream, a, d_k, d_end,
-    count, groups_of_sentence, heads, length, planes, max_width, scale, share,
-    stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn, stride_ub, stride_uh,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
-    BLOCK: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """d(end), and the share of HEADS heads in R dk, of BLOCK columns to a program, and PART elements of R dk. Tiles are
-    transposed: [n, m]."""
-    tiles = tl.cdiv(length, BLOCK)
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    n_first = tl.program_id(0) % tiles * BLOCK
-    n = n_first + tl.arange(0, BLOCK)
-    h_first = tl.program_id(1) * HEADS
-    h = h_first + tl.arange(0, HEADS)
-    b = group // groups_of_sentence
-    first_head = group % groups_of_sentence * heads
-    start += b * stride_sb + first_head * stride_sh
-    end += b * stride_eb + first_head * stride_eh
-    mask += b * stride_mb
-    upstream += b * stride_ub + first_head * stride_uh
-    log_sums += group * heads
-    q += group * length * SIZE
-    k += group * length * SIZE
-    pivots += group * length
-    of_group = group * heads * length
-
-    d = tl.zeros([BLOCK, PART], dtype=tl.float32)
-    d_e = tl.zeros([BLOCK, HEADS], dtype=tl.float32)
-    for m_first in range(0, length, BLOCK):
-        if may_be_valid(m_first, n_first, max_width, TRIL, BANDED, BLOCK, BLOCK):
-            m = m_first + tl.arange(0, BLOCK)
-            pivot_m = tl.load(pivots + m, mask=m < length, other=0.0)
-            x = tile_product(k, q, n, m, length, SIZE, CHUNK, PRECISION) * scale
-            x = keep_valid(x, m[None, :], n[:, None], length, max_width, TRIL, BANDED)
-            p = tl.exp(x - pivot_m[None, :])
-            a_m = operand(load_heads(a + of_group, h_first, heads, m, length, 0.0, HEADS), q)
-            v_n = operand(load_heads(values + of_group, h_first, heads, n, length, 0.0, HEADS), q)  # not for long
-            weights = p * tl.dot(v_n, tl.trans(a_m), input_precision=PRECISION)
-            q_m = load_part(q, m, length, SIZE, PART)
-            d = tl.dot(operand(weights, q), q_m, acc=d, input_precision=PRECISION)
-            d_e = tl.dot(operand(p, q), a_m, acc=d_e, input_precision=PRECISION)
-    d_e *= load_heads(values + of_group, h_first, heads, n, length, 0.0, HEADS)
-
-    any_unsafe = 0
-    for m_first in range(0, length, BLOCK):
-        m = m_first + tl.arange(0, BLOCK)
-        bounds = load_heads(exponents + of_group, h_first, heads, m, length, float("-inf"), HEADS)
-        unsafe = bounds + tl.load(pivots + m, mask=m < length, other=0.0)[:, None] > SAFE_BOUND
-        any_unsafe = tl.maximum(any_unsafe, tl.max(tl.max(unsafe.to(tl.int32), axis=1), axis=0))
-    if any_unsafe > 0:
-        for i in range(h_first, h_first + HEADS):
-            for m_i_first in range(0, length, GATHERED):
-                h_i = tl.full([GATHERED], i, dtype=tl.int32)
-                m_i = m_i_first + tl.arange(0, GATHERED)
-                pivot_i = tl.load(pivots + m_i, mask=m_i < length, other=0.0)
-                live = unsafe_rows(exponents + of_group, pivot_i, h_i, m_i, heads, length)
-                if tl.max(live.to(tl.int32), axis=0) > 0:
-                    nothing = tl.full([GATHERED], -1, dtype=tl.int32)
-                    d, d_e = add_gathered_columns(
-                        d, d_e, q, k, start, end, mask, upstream, log_sums, share, planes, h_i, m_i, h, n, live,
-                        nothing, nothing > 0, nothing > 0, nothing + 1 + length,
-                        tl.full([GATHERED], 1.0, dtype=tl.float32),
-                        length, max_width, scale, stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-                        HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK, PART,
-                    )  # fmt: skip
-
-    plane_cells = tl.cast(length, tl.int64) * length
-    first, stop = find_spans(cells, count, group * heads * plane_cells, (group + 1) * heads * plane_cells, 1024)
-    for p_first in range(first, stop, GATHERED):
-        p_i = p_first + tl.arange(0, GATHERED)
-        h_i, m_i, own, listed, repeated, opens, following = load_listed(cells, p_i, stop, count, heads, length)
-        live = listed & (h_i >= h_first) & (h_i < h_first + HEADS)
-        if tl.max(live.to(tl.int32), axis=0) > 0:
-            t = tl.load(labels + p_i, mask=listed, other=1.0)
-            d, d_e = add_gathered_columns(
-                d, d_e, q, k, start, end, mask, upstream, log_sums, share, planes, h_i, m_i, h, n, live, own,
-                repeated, opens, following, t, length, max_width, scale,
-                stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-                HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK, PART,
-            )  # fmt: skip
-    at = d_end + of_group + h.to(tl.int64)[None, :] * length + n[:, None]
-    if tl.program_id(2) == 0:
-        tl.store(at, d_e.to(d_end.dtype.element_ty), mask=(n < length)[:, None] & (h < heads)[None, :])
-    store_part(d_k, d * scale, group, n, length, SIZE, PART)
-
-
-@triton.jit
-def add_gathered_columns(
-    d, d_e, q, k, start, end, mask, upstream, log_sums, share, planes, h_i, m_i, h, n, live, own, repeated, opens,
-    following, t, length, max_width, scale, stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-    HAS_START: tl.constexpr, HAS_END: tl.constexpr, HAS_MASK: tl.constexpr, TRIL: tl.constexpr, BANDED: tl.constexpr,
-    PRECISION: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Adds to d [BLOCK, PART] and d_e [BLOCK, HEADS] of tokens n what gathered rows (h_i, m_i) give."""
-    weights = weigh_gathered(
-        q, k, start, end, mask, upstream, log_sums, share, planes, h_i, m_i, n, live, own, repeated, opens,
-        following, t, length, max_width, scale, stride_sh, stride_sn, stride_eh, stride_en, stride_mn, stride_uh,
-        HAS_START, HAS_END, HAS_MASK, TRIL, BANDED, PRECISION, SIZE, CHUNK,
-    )  # fmt: skip
-    weights = tl.trans(operand(weights, q))
-    q_m = load_part(q, m_i, length, SIZE, PART)
-    d = tl.dot(weights, q_m, acc=d, input_precision=PRECISION)
-    at_heads = operand(((h_i[:, None] == h[None, :]) & live[:, None]).to(tl.float32), q)
-    return d, tl.dot(weights, at_heads, acc=d_e, input_precision=PRECISION)
+    h = owned.h.to(tl.int64)[:, None]
+    here = (h < heads) & (token < length)[None, :]
+    at = (tl.cast(i, tl.int64) * heads + h) * length + token[None, :]
+    parts = tl.load(group.sums + h * shape.padded + token[None, :], mask=here, other=0.0)  # [BACK_HEADS, TOKENS]
+    parts *= load_upstream(upstream, owned.h, shape)[:, None]
+    tl.store(d_start + at, parts.to(d_start.dtype.element_ty), mask=here)
+    tl.store(d_end + at, owned.d_end.to(d_end.dtype.element_ty), mask=here)
+    if tl.program_id(1) == 0:
+        of_group = tl.cast(i, tl.int64) * length * tile.SIZE
+        store_vectors(d_q + of_group, owned.d_q * (scale * sign), token, angles, length, tile)
+        store_vectors(d_k + of_group, owned.d_k * scale, token, angles, length, tile)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """To a program ``block`` tokens, in tiles of ``block`` x ``block`` cells made of ``chunk`` elements at a time, and
-    ``heads`` heads; backward, ``part`` elements of the vectors' gradients."""
+class Sizes(NamedTuple):
+    """Of a problem, as the kernels take them."""
 
-    block: int
-    heads: int
-    chunk: int
-    part: int
-    num_warps: int
-
-
-# What no chip spills: float32 is three operands where tf32x3 multiplies it, and float16 is float32 but for q k^T. Short
-# vectors leave eight warps too little to share, and long ones are many parts.
-PLANS = {
-    torch.bfloat16: Plan(64, 16, 32, 64, 8),
-    torch.float16: Plan(32, 32, 32, 64, 4),
-    torch.float32: Plan(16, 32, 16, 64, 4),
-}
-
-
-def plan(head_size: int, dtype: torch.dtype) -> Plan:
-    """The launch parameters, by rule."""
-    vector = max(16, triton.next_power_of_2(head_size))
-    rule = PLANS[torch.float32 if vector > 64 else torch.float16 if vector < 64 and dtype != torch.float32 else dtype]
-    return rule._replace(chunk=min(rule.chunk, vector), part=min(rule.part, vector))
+    own_heads: int
+    groups: int
+    heads: int  # of a group
+    length: int
+    count: int
+    n_bits: int
+    h_bits: int
+    max_width: int | None
 
 
 class Saved(NamedTuple):
-    """What forward keeps for backward: nothing larger than the inputs."""
+    """What forward keeps for backward: linear in N."""
 
-    q: torch.Tensor  # [B, own heads or 1, N, D], turned; 0 for dropped tokens, as k is
-    k: torch.Tensor  # [B, own heads or 1, N, D]
-    exponents: torch.Tensor  # [B, H, N], float32 as all that follow: start + C
-    values: torch.Tensor  # [B, H, N]: V
-    pivots: torch.Tensor  # [B, own heads or 1, N]: rho
-    rows: torch.Tensor  # [B, H, N]: log-sums of rows
-    log_sums: torch.Tensor  # [2, B, H]: l_n, l_p
-    cells: torch.Tensor  # [S]: ((b * H + h) * N + start) * N + end of each listed span, int64, sorted; last NOWHERE
-    labels: torch.Tensor  # [S]: theirs
+    workspace: torch.Tensor  # [bytes]
+    shape: tuple[int, int, int, int, int, int]  # B, own heads or 1, N, D, H, S
 
 
-def _bias_strides(*biases: torch.Tensor | None) -> list[int]:
-    return [stride for bias in biases for stride in ((0, 0, 0) if bias is None else bias.stride())]
+def saved_shape(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int]:
+    """Of the workspace, for shape as in Saved, some of whose numbers may be symbolic."""
+    batch, own_heads, length, size, heads, count = shape
+    of_group = int(heads) // int(own_heads)
+    _, tile = tile_of(int(size), of_group, dtype, True, True, torch.version.hip is not None)
+    return (workspace_bytes(batch * own_heads, of_group, length, count, tile),)
+
+
+def _sizes(shape: tuple[int, ...], problem: Any) -> Sizes:
+    batch, own_heads, length, _, heads, count = shape
+    of_group = heads // own_heads
+    width = None if problem.max_width is None else min(problem.max_width, length)
+    n_bits, h_bits = max(1, (length - 1).bit_length()), (of_group - 1).bit_length()
+    return Sizes(own_heads, batch * own_heads, of_group, length, count, n_bits, h_bits, width)
+
+
+def _strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """A dimension that is missing is broadcast."""
+    return (0,) * dims if x is None else (0, *x.stride())[-dims:]
+
+
+def _scale(problem: Any) -> tuple[float, float]:
+    """Its size, which is a factor of -inf, and its sign, which goes into q."""
+    return max(abs(problem.scale), 1e-37), -1.0 if problem.scale < 0 else 1.0
+
+
+def _listers(sizes: Sizes) -> int:
+    """Programs of a group for listed spans: enough where they are spread evenly."""
+    batch = GATHERED.value * sizes.groups
+    return (sizes.count + batch - 1) // batch
 
 
 def forward(
@@ -724,63 +753,54 @@ def forward(
     q, k [B, heads or 1, N, D]; start, end [B, heads, N]; spans [S, 4], int64; span_labels [S]; ``problem`` as for
     ``pointer_scores.forward``.
     """
-    batch, own_heads, length, size = q.shape
-    count = len(spans)
-    new = {"dtype": torch.float32, "device": q.device}
-    exponents, values, rows = (torch.empty((batch, heads, length), **new) for _ in range(3))
-    pivots = torch.empty((batch, own_heads, length), **new)
-    losses, log_sums = torch.empty((batch, heads), **new), torch.empty((2, batch, heads), **new)
-    cells, labels = torch.empty(count, dtype=torch.int64, device=q.device), torch.empty(count, **new)
-    q, k = rotate(q, k, problem.mask, problem.positions, problem.rope)
-    saved = Saved(q, k, exponents, values, pivots, rows, log_sums, cells, labels)
-    if rows.numel() == 0:
-        cells.fill_(NOWHERE.value), labels.zero_(), pivots.zero_(), log_sums.zero_()
-        return losses.zero_(), saved
-    negatives, positives = torch.empty((2, count), **new)
-    mask, mask_strides, constants = masking(problem, q)
-    biases = (q if start is None else start, q if end is None else end)
-    has_biases = {"HAS_START": start is not None, "HAS_END": end is not None}
-    heads_of_group = heads // own_heads
-    rule = plan(size, q.dtype)
-    width = problem.max_width or 0
+    shape = (*q.shape, heads, len(spans))
+    workspace = torch.empty(saved_shape(shape, q.dtype), dtype=torch.uint8, device=q.device)
+    losses = torch.empty((q.shape[0], heads), dtype=torch.float32, device=q.device)
+    if losses.numel() * q.shape[2] == 0:
+        return losses.zero_(), Saved(workspace.zero_(), shape)
+    sizes, (scale, sign) = _sizes(shape, problem), _scale(problem)
+    _, groups, of_group, length, count, *_ = sizes
+    rule, tile = tile_of(
+        q.shape[3], of_group, q.dtype, problem.tril_mask, problem.rope, torch.version.hip is not None
+    )  # fmt: skip
+    padded = (length + PAD.value - 1) // PAD.value * PAD.value
+    planes = padded_heads(of_group, rule.back_heads)
+    mask = None if problem.mask is None else problem.mask.view(torch.uint8)
+    positions = problem.positions if problem.rope else None
+    block = min(1024, max(128, power_of_two(length)))
+    tokens = max(1, min(PAD.value, TURNED // tile.VECTOR.value))
+    each = SORTED.value if count <= COUNTED else LANES.value
+    sorters, listers = (count + each - 1) // each, _listers(sizes)
+    registers = all_registers()
     with torch.cuda.device_of(q):
-        if count > 0:
-            sort_spans_kernel[(triton.cdiv(count, 32),)](
-                spans, labels if span_labels is None else span_labels, mask, cells, labels,
-                count, batch, heads, length, width,
-                *spans.stride(), 0 if span_labels is None else span_labels.stride(0), *mask_strides,
-                HAS_LABELS=span_labels is not None, MINE=32, OTHERS=64, num_warps=4, **constants,
-            )  # fmt: skip
-        prepare_kernel[(batch * heads,)](
-            *biases, mask, cells, exponents, values, count, heads, length,
-            *_bias_strides(start, end), *mask_strides, **has_biases, HAS_MASK=constants["HAS_MASK"],
-            BLOCK=min(1024, max(128, triton.next_power_of_2(length))), num_warps=4,
+        prepare_kernel[(sorters + groups * (padded // tokens + planes),)](
+            q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters,
+            *q.stride(), *k.stride(), *_strides(start, 3), *_strides(end, 3), *_strides(mask, 2),
+            *_strides(positions, 2), *spans.stride(), *_strides(span_labels, 1), tile,
+            BLOCK=block, TOKENS=tokens, COUNTING=count <= COUNTED, num_warps=4, **registers,
         )  # fmt: skip
-        pointer_loss_kernel[_grid(q, heads_of_group, rule)](
-            q, k, *biases, mask, exponents, values, cells, labels, pivots, rows, negatives, positives,
-            count, own_heads, heads_of_group, length, width, problem.scale,
-            *_bias_strides(start, end), *mask_strides, **has_biases, **constants, **_constants(q, rule),
+        if count > COUNTED:
+            _sort(workspace, span_labels, count)
+        sweep_kernel[(groups * (listers + padded // rule.bm * (planes // rule.heads)),)](
+            workspace, *sizes[1:], scale, listers, tile,
+            num_warps=rule.num_warps, num_stages=rule.stages, **registers,
         )  # fmt: skip
-        combine_kernel[(batch * heads,)](
-            rows, cells, negatives, positives, losses, log_sums, count, batch * heads, length,
-            HAS_SPANS=count > 0, BLOCK=min(1024, max(128, triton.next_power_of_2(length))), num_warps=4,
-        )  # fmt: skip
-    return losses, saved
+        combine_kernel[(groups * of_group,)](
+            workspace, losses, *sizes[1:], scale, tile, BLOCK=block, num_warps=1 if block <= 256 else 2, **registers
+        )
+    return losses, Saved(workspace, shape)
 
 
-def _grid(q: torch.Tensor, heads_of_group: int, rule: Plan) -> tuple[int, int]:
-    return q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], rule.block), triton.cdiv(heads_of_group, rule.heads)
-
-
-def _constants(q: torch.Tensor, rule: Plan) -> dict[str, Any]:
-    precision = float32_precision()
-    if q.dtype == torch.float16 and precision == "tf32x3":
-        precision = "tf32"  # which has all the digits of float16
-    return {
-        "PRECISION": precision, "SIZE": q.shape[-1], "CHUNK": rule.chunk,
-        "BLOCK": rule.block, "HEADS": rule.heads, "num_warps": rule.num_warps, "num_stages": 2,
-        **all_registers(),
-    }  # fmt: skip
+def _sort(workspace: torch.Tensor, span_labels: torch.Tensor | None, count: int) -> None:
+    """The keys and labels of count spans, in place."""
+    keys = workspace[: 8 * count].view(torch.int64)
+    labels = workspace[8 * count : 12 * count].view(torch.float32)
+    in_order, order = keys.sort(stable=True)
+    keys.copy_(in_order)
+    if span_labels is None:
+        labels.fill_(1.0)
+    else:
+        labels.copy_(span_labels[order])
 
 
 def backward(
@@ -792,35 +812,31 @@ def backward(
     dtype: torch.dtype,
     problem: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k [B, heads or 1, N, D], start and end [B, heads, N] in ``dtype``, contiguous, from those of the
-    losses, upstream [B, heads] times ``share``."""
-    q, k, exponents, values, pivots, rows, log_sums, cells, labels = saved
-    (batch, own_heads, length, size), heads = q.shape, rows.shape[1]
-    d_start, d_end = (torch.empty(rows.shape, dtype=dtype, device=q.device) for _ in range(2))
-    if rows.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), d_start, d_end
-    heads_of_group = heads // own_heads
-    rule = plan(size, q.dtype)
-    grid = (*_grid(q, heads_of_group, rule), triton.cdiv(size, rule.part))
-    share_dtype = dtype if grid[1] == 1 else torch.float32
-    shares_q, shares_k = (torch.empty((grid[1], *q.shape), dtype=share_dtype, device=q.device) for _ in range(2))
-    a = torch.empty_like(rows)
-    mask, mask_strides, constants = masking(problem, q)
-    inputs = (q, k, q if start is None else start, q if end is None else end, mask, exponents, values, cells, labels)
-    sizes = (
-        len(cells), own_heads, heads_of_group, length, batch * heads, problem.max_width or 0, problem.scale, share,
-        *_bias_strides(start, end), *mask_strides, *upstream.stride(),
+    """Gradients of q, k [B, heads or 1, N, D], start and end [B, heads, N] in ``dtype``, that of these, contiguous, from
+    those of the losses, upstream [B, heads] times ``share``."""
+    workspace, shape = saved
+    batch, own_heads, length, size, heads, count = shape
+    d_q, d_k = (torch.empty(shape[:4], dtype=dtype, device=workspace.device) for _ in range(2))
+    d_start, d_end = (torch.empty((batch, heads, length), dtype=dtype, device=workspace.device) for _ in range(2))
+    if d_start.numel() == 0:
+        return d_q.zero_(), d_k.zero_(), d_start, d_end
+    sizes, (scale, sign) = _sizes(shape, problem), _scale(problem)
+    rule, tile = tile_of(size, sizes.heads, dtype, problem.tril_mask, problem.rope, torch.version.hip is not None)
+    padded = (length + PAD.value - 1) // PAD.value * PAD.value
+    planes = padded_heads(sizes.heads, rule.back_heads)
+    blocks, listers, vector = planes // rule.back_heads, _listers(sizes), tile.VECTOR.value
+    gradients = torch.empty(
+        count * vector + sizes.groups * padded * (planes + 2 * blocks * vector), device=workspace.device
     )  # fmt: skip
-    constants = {
-        "HAS_START": start is not None, "HAS_END": end is not None, **constants, **_constants(q, rule),
-        "PART": rule.part,
-    }  # fmt: skip
-    with torch.cuda.device_of(q):
-        pointer_loss_rows_kernel[grid](
-            *inputs, pivots, rows, log_sums, upstream, a, shares_q, d_start, *sizes, **constants
-        )
-        pointer_loss_columns_kernel[grid](*inputs, pivots, log_sums, upstream, a, shares_k, d_end, *sizes, **constants)
-        d_q, d_k = (x.squeeze(0) if grid[1] == 1 else x.sum(0).to(dtype) for x in (shares_q, shares_k))
-        if problem.rope:
-            rotate_back_(d_q, d_k, problem.positions)
+    positions = problem.positions if problem.rope else None
+    registers = all_registers()
+    with torch.cuda.device_of(workspace):
+        sweep_back_kernel[(sizes.groups * (listers + 2 * blocks * (padded // rule.bm)),)](
+            workspace, gradients, upstream, *sizes, scale, share, listers, *upstream.stride(), tile,
+            num_warps=rule.back_warps, num_stages=rule.stages, **registers,
+        )  # fmt: skip
+        turn_back_kernel[(sizes.groups * ((length + rule.tokens - 1) // rule.tokens), blocks)](
+            workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end, *sizes, scale, share, sign,
+            *upstream.stride(), *_strides(positions, 2), tile, BLOCKS=blocks, num_warps=rule.direct_warps, **registers,
+        )  # fmt: skip
     return d_q, d_k, d_start, d_end

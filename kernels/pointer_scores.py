@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cells import all_registers, float32_precision
 from .rotate import rotate, rotate_back_
 
 # --- mathematics ---------------------------------------------------------------------------------------------------
@@ -229,16 +230,6 @@ def plan(own_heads: int, head_size: int, dtype: torch.dtype) -> Plan:
     if dtype == torch.float32:
         return Plan(32, min(32, chunk), heads, 4)
     return Plan(32, chunk, heads, 2) if head_size <= 32 else Plan(64, 64, heads, 4)
-
-
-def float32_precision() -> str:
-    """Three tf32 products on NVIDIA's tensor cores are as good as float32; AMD's matrix cores have float32 itself."""
-    return "tf32x3" if torch.version.hip is None else "ieee"
-
-
-def all_registers() -> dict[str, int]:
-    """Left to itself, NVIDIA's assembler would rather spill a little than let fewer programs run at once."""
-    return {"maxnreg": 255} if torch.version.hip is None else {}
 
 
 def masking(problem: Any, anything: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], dict[str, bool]]:

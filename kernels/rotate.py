@@ -2,9 +2,10 @@
 
     (x_2i, x_2i+1) -> (x_2i cos a - x_2i+1 sin a, x_2i+1 cos a + x_2i sin a),   a = position * 10000 ** (-2i / D)
 
-A position of 10^5 leaves float32 two digits of the angle. So the angle is float64, as a number of turns, whose whole
-quarters only swap and negate cos and sin. What is left, an eighth of a turn at most, loses nothing in float32 and needs
-five terms of Taylor's series. There is no table, and nothing else to launch.
+A position of 10^5 leaves float32 two digits of the angle. So angles are fixed-point numbers of turns, in int64, whose
+whole turns overflow by themselves and whose quarters only swap and negate cos and sin. What is left, an eighth of a turn
+at most, loses nothing in float32 and needs five terms of Taylor's series. Only the frequencies are made in float64.
+There is no table, and nothing else to launch.
 """
 
 from __future__ import annotations
@@ -25,26 +26,32 @@ ELEMENTS = 1024
 
 @triton.jit
 def cos_sin(turns):
-    """In float32, of an angle given as a float64 number of turns: within 1e-7."""
-    quarters = tl.floor(4 * turns + 0.5)
-    x = ((turns - 0.25 * quarters) * TURN).to(tl.float32)
+    """In float32, of an angle given in 2^-32 turns, as int32: within 1e-7."""
+    quarter = (turns + 536870912) >> 30
+    x = (turns - (quarter << 30)).to(tl.float32) * (TURN / 4294967296)
     y = x * x
     c = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320))))
     s = x * (1 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880)))))
-    quarter = quarters.to(tl.int64) & 3
     swapped = (quarter & 1) == 1
     cos = tl.where(swapped, s, c)
     sin = tl.where(swapped, c, s)
-    return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
+    return tl.where(((quarter + 1) & 2) == 2, -cos, cos), tl.where((quarter & 2) == 2, -sin, sin)
 
 
 @triton.jit
-def turn(x, out, at, here, to, there, cos, sin, BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr):
-    """Loads [BLOCK, 2 * HALF_BLOCK] at x + at, 0 unless here, and stores its pairs turned at out + to, where there."""
-    pairs = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(pairs, [BLOCK, HALF_BLOCK, 2]))
-    turned = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [BLOCK, 2 * HALF_BLOCK])
-    tl.store(out + to, turned.to(out.dtype.element_ty), mask=there)
+def rotation(position, SIZE: tl.constexpr, HALF: tl.constexpr):
+    """cos and sin [tokens, HALF] of the angles of tokens at these positions."""
+    i = tl.arange(0, HALF).to(tl.float64)
+    frequency = tl.exp2(i * (-2.0 / SIZE * LOG2_BASE) - LOG2_TURN) * 2.0**64  # in 2^-64 turns a position
+    turns = position.to(tl.int64)[:, None] * frequency.to(tl.int64)[None, :]
+    return cos_sin((turns >> 32).to(tl.int32))
+
+
+@triton.jit
+def turn(x, cos, sin):
+    """x [tokens, 2 * HALF], its pairs turned."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [x.shape[0], x.shape[1]])
 
 
 @triton.jit
@@ -72,18 +79,18 @@ def rotate_kernel(
         position = token
         if HAS_POSITIONS:
             position = tl.load(positions + b * stride_pb + token * stride_pn, mask=inside, other=0)
-        i = tl.arange(0, HALF_BLOCK).to(tl.float64)
-        turns = position.to(tl.float64)[:, None] * tl.exp2(i * (-2.0 / SIZE * LOG2_BASE) - LOG2_TURN)[None, :]
-        cos, sin = cos_sin(turns)
+        cos, sin = rotation(position, SIZE, HALF_BLOCK)
         sin *= direction
     d = tl.arange(0, 2 * HALF_BLOCK)[None, :].to(tl.int64)
     to = (plane * length + token[:, None]) * SIZE + d
     there = inside[:, None] & (d < SIZE)
     here = kept[:, None] & (d < SIZE)
     at = b * stride_qb + h * stride_qh + token[:, None] * stride_qn + d * stride_qd
-    turn(q, out_q, at, here, to, there, cos, sin, BLOCK, HALF_BLOCK)
+    x = turn(tl.load(q + at, mask=here, other=0.0).to(tl.float32), cos, sin)
+    tl.store(out_q + to, x.to(out_q.dtype.element_ty), mask=there)
     at = b * stride_kb + h * stride_kh + token[:, None] * stride_kn + d * stride_kd
-    turn(k, out_k, at, here, to, there, cos, sin, BLOCK, HALF_BLOCK)
+    x = turn(tl.load(k + at, mask=here, other=0.0).to(tl.float32), cos, sin)
+    tl.store(out_k + to, x.to(out_k.dtype.element_ty), mask=there)
 
 
 def _launch(

@@ -487,10 +487,11 @@ def test_opcheck(place: Place, shared: bool) -> None:
         torch.library.opcheck(ops.pointer_loss.default, (*values, *rest, reduction, place.backend))
     if place.backend == "tiled":
         torch.library.opcheck(ops.pointer_loss_with_gradient.default, (*values, *rest, "mean"))
-    _, *saved = (x.detach() for x in ops.pointer_loss(*values, *rest, "none", place.backend))
+    saved = [x.detach() for x in ops.pointer_loss(*values, *rest, "none", place.backend)[1]]
     biases = [x.detach() for x in values[2:]]
     upstream = torch.rand(2, 3, device=place.device)
-    arguments = (upstream, saved, *biases, mask, None, True, True, 4, 0.3, "none", torch.float32, place.backend)
+    shape = [2, 1 if shared else 3, 9, 8, 3, len(inputs["spans"])]
+    arguments = (upstream, saved, *biases, mask, None, True, True, 4, 0.3, shape, "none", torch.float32, place.backend)
     torch.library.opcheck(ops.pointer_loss_backward.default, arguments)
 
 

@@ -129,26 +129,33 @@ def _compute(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
     span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
     tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str, backend: str,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     _check_values(spans, span_labels, q, heads)
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     module = backends.implementation(OP, backend)
     with _pointer.without_autocast(q):
         losses, saved = module.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem)
-    return _rows.reduce(losses, losses.shape, reduction), *saved
+    return _rows.reduce(losses, losses.shape, reduction), list(saved[:1] if backend == "triton" else saved)
 
 
 def _fake(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
     span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
     tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str, backend: str,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     batch, own_heads, length, size = _pointer.per_head(q)[0].shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    vectors = ((batch, own_heads, length, size), q.dtype if backend == "triton" else dtype)
-    of_heads, listed = ((batch, heads, length), dtype), spans.shape[:1]
-    outputs = {
-        "loss": ((batch, heads) if reduction == "none" else (), dtype),
+    loss = q.new_empty((batch, heads) if reduction == "none" else (), dtype=dtype)
+    if backend == "triton":
+        shape = (batch, own_heads, length, size, heads, spans.shape[0])
+        workspace = backends.implementation(OP, backend).saved_shape(shape, q.dtype)
+        return loss, [q.new_empty(workspace, dtype=torch.uint8)]
+    vectors, of_heads, listed = (
+        ((batch, own_heads, length, size), dtype),
+        ((batch, heads, length), dtype),
+        spans.shape[:1],
+    )
+    saved = {
         "q": vectors,
         "k": vectors,
         "exponents": of_heads,
@@ -157,9 +164,9 @@ def _fake(
         "rows": of_heads,
         "log_sums": ((2, batch, heads), dtype),
         "cells": (listed, torch.int64),
-        "labels": (listed if backend == "triton" else (2, *listed), dtype),
+        "labels": ((2, *listed), dtype),
     }
-    return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in outputs.values())
+    return loss, [q.new_empty(shape, dtype=dtype) for shape, dtype in saved.values()]
 
 
 def _share(reduction: str, planes: torch.Size) -> float:
@@ -169,15 +176,14 @@ def _share(reduction: str, planes: torch.Size) -> float:
 def _compute_backward(
     upstream: torch.Tensor, saved: list[torch.Tensor], start: torch.Tensor | None, end: torch.Tensor | None,
     mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None,
-    scale: float, reduction: str, dtype: torch.dtype, backend: str,
+    scale: float, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     module = backends.implementation(OP, backend)
-    planes = saved[6].shape[1:]
+    planes = torch.Size((shape[0], shape[4]))
+    kept = module.Saved(*saved, tuple(shape)) if backend == "triton" else module.Saved(*saved)
     with _pointer.without_autocast(upstream):
-        grads = module.backward(
-            upstream.expand(planes), _share(reduction, planes), module.Saved(*saved), start, end, dtype, problem
-        )
+        grads = module.backward(upstream.expand(planes), _share(reduction, planes), kept, start, end, dtype, problem)
     d_q, d_k, d_start, d_end = grads
     return d_q, d_k, d_start, d_end
 
@@ -185,10 +191,11 @@ def _compute_backward(
 def _fake_backward(
     upstream: torch.Tensor, saved: list[torch.Tensor], start: torch.Tensor | None, end: torch.Tensor | None,
     mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None,
-    scale: float, reduction: str, dtype: torch.dtype, backend: str,
+    scale: float, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    q, k, exponents, *_ = saved
-    d_q, d_k, d_start, d_end = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, exponents, exponents))
+    batch, own_heads, length, size, heads, _ = shape
+    d_q, d_k = (upstream.new_empty((batch, own_heads, length, size), dtype=dtype) for _ in range(2))
+    d_start, d_end = (upstream.new_empty((batch, heads, length), dtype=dtype) for _ in range(2))
     return d_q, d_k, d_start, d_end
 
 
@@ -198,13 +205,14 @@ def _refuse(upstream: torch.Tensor | None) -> None:
         raise RuntimeError(f"{OP}: many upstream gradients at once (is_grads_batched, vectorize) are not supported")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    q, _, start, end, _, _, mask, positions, *options = inputs
-    *problem, _, reduction, backend = options
-    ctx.mark_non_differentiable(*output[1:])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    q, _, start, end, spans, _, mask, positions, *options = inputs
+    *problem, heads, reduction, backend = options
+    ctx.mark_non_differentiable(*output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(start, end, mask, positions, *output[1:])
-    ctx.shared, ctx.options = q.dim() == 3, (*problem, reduction, q.dtype, backend)
+    ctx.save_for_backward(start, end, mask, positions, *output[1])
+    shape = [*_pointer.per_head(q)[0].shape, heads, spans.shape[0]]
+    ctx.shared, ctx.options = q.dim() == 3, (*problem, shape, reduction, q.dtype, backend)
 
 
 def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
@@ -220,16 +228,15 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.
 
 _op_backward = _rows.register(
     "pointer_loss_backward(Tensor upstream, Tensor[] saved, Tensor? start, Tensor? end, Tensor? mask,"
-    " Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, str reduction, ScalarType dtype,"
-    " str backend) -> (Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
+    " Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, SymInt[] shape, str reduction,"
+    " ScalarType dtype, str backend) -> (Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
     _compute_backward,
     _fake_backward,
 )
 _op = _rows.register(
     "pointer_loss(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor spans, Tensor? span_labels, Tensor? mask,"
     " Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, SymInt heads, str reduction,"
-    " str backend) -> (Tensor loss, Tensor turned_q, Tensor turned_k, Tensor exponents, Tensor values, Tensor pivots,"
-    " Tensor rows, Tensor log_sums, Tensor cells, Tensor labels)",
+    " str backend) -> (Tensor loss, Tensor[] saved)",
     _compute,
     _fake,
     _setup_context,

@@ -1,0 +1,212 @@
+"""What the launches of ``pointer_loss`` leave each other: one tensor of bytes, opened group by group.
+
+Inner tensors are padded, so that a tile needs no mask: vectors [padded N, VECTOR], tables [padded heads, padded N].
+Tables that matrix products read are bfloat16 where q is, and else float32.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .cells import PAD, Shape, float32_precision, power_of_two
+
+
+class Tile(NamedTuple):
+    """Made on the host, of tl.constexpr."""
+
+    BM: Any  # rows and columns of a tile in the sweeps along the rows
+    BN: Any
+    BACK_BM: Any  # and along the columns, of the same width: a row's rho must cover the same columns everywhere
+    TOKENS: Any  # to a program that turns back
+    HEADS: Any  # to a program: forward
+    BACK_HEADS: Any  # and backward; heads are padded to a multiple of it
+    SIZE: Any  # D
+    VECTOR: Any  # D, padded to a power of two
+    DTYPE: Any  # of vectors
+    TABLE: Any  # of tables: bfloat16 has the range of float32, but float16 holds neither P, V, A nor their products
+    PRECISION: Any  # of products whose operands are float32
+    STAGES: Any
+    TRIL: Any
+    ROPE: Any
+
+
+class Group(NamedTuple):
+    """Of one group; the names in parentheses are those of the derivation."""
+
+    q: Any  # [padded, VECTOR]: turned, 0 for dropped tokens
+    k: Any
+    exp_ends: Any  # [padded heads, padded], as a table: V
+    weights: Any  # the same: A
+    starts: Any  # the same in float32: -inf for dropped tokens
+    ends: Any
+    sums: Any  # of rows: P V^T, then each row's part in the loss
+    unsafe: Any  # int32: the unsafe rows of each head
+    pivots: Any  # [padded]: rho, in base 2
+    largest_ends: Any  # [padded heads]: C
+    l_n: Any
+    l_p: Any
+    unsafe_counts: Any  # int32
+    extent: Any  # one more than the last kept token: a pointer
+    spans: Any  # where its spans stand among the sorted ones, first and stop: a pointer
+    scale: Any  # above 0: q has its sign
+
+
+class Spans(NamedTuple):
+    """The listed spans, sorted by key: group, start m, head h of the group, end n, in bit fields of an int64."""
+
+    keys: Any  # [count]
+    labels: Any  # [count], float32
+    negatives: Any  # log-sum of what a span answers for
+    positives: Any  # log t - s
+    count: Any
+    n_bits: Any  # of the fields m and n of a key
+    h_bits: Any
+
+
+SPAN_BYTES = tl.constexpr(20)
+
+
+def workspace_bytes(groups: int, heads: int, length: int, count: int, tile: Tile) -> int:
+    """Of Spans and of all Groups, in the order of their fields."""
+    padded = (length + PAD.value - 1) // PAD.value * PAD.value
+    planes = groups * padded_heads(heads, tile.BACK_HEADS.value)
+    vector = 2 * tile.VECTOR.value * tile.DTYPE.value.primitive_bitwidth // 8
+    tables = 2 * tile.TABLE.value.primitive_bitwidth // 8 + 4 * 4
+    spans = (SPAN_BYTES.value * count + 63) // 64 * 64
+    return spans + padded * (groups * (vector + 4) + planes * tables) + planes * 4 * 4 + groups * 3 * 4
+
+
+def padded_heads(heads: int, multiple: int) -> int:
+    return (heads + multiple - 1) // multiple * multiple
+
+
+@triton.jit
+def open_shape(groups, heads, length, max_width, tile):
+    planes = (heads + tile.BACK_HEADS - 1) // tile.BACK_HEADS * tile.BACK_HEADS
+    return Shape(groups, heads, length, planes, (length + PAD - 1) // PAD * PAD, max_width)
+
+
+@triton.jit
+def open_spans(workspace, count, n_bits, h_bits):
+    keys = workspace.to(tl.pointer_type(tl.int64), bitcast=True)
+    floats = (keys + count).to(tl.pointer_type(tl.float32), bitcast=True)
+    return Spans(keys, floats, floats + count, floats + 2 * count, count, n_bits, h_bits)
+
+
+@triton.jit
+def open_group(workspace, count, group, scale, shape, tile):
+    at = tl.cast(group, tl.int64)
+    groups = tl.cast(shape.groups, tl.int64)
+    tokens = groups * shape.padded
+    cells = tokens * shape.padded_heads
+    plane = shape.padded_heads * shape.padded
+    vectors = workspace + (tl.cast(count, tl.int64) * SPAN_BYTES + 63) // 64 * 64
+    vectors = vectors.to(tl.pointer_type(tile.DTYPE), bitcast=True)
+    tables = (vectors + 2 * tokens * tile.VECTOR).to(tl.pointer_type(tile.TABLE), bitcast=True)
+    floats = (tables + 2 * cells).to(tl.pointer_type(tl.float32), bitcast=True)
+    pivots = floats + 4 * cells
+    planes = pivots + tokens
+    heads = planes + at * shape.padded_heads
+    of_heads = groups * shape.padded_heads
+    integers = (planes + 4 * of_heads).to(tl.pointer_type(tl.int32), bitcast=True)
+    return Group(
+        vectors + at * shape.padded * tile.VECTOR,
+        vectors + (groups + at) * shape.padded * tile.VECTOR,
+        tables + at * plane,
+        tables + (groups + at) * plane,
+        floats + at * plane,
+        floats + (groups + at) * plane,
+        floats + (2 * groups + at) * plane,
+        (floats + (3 * groups + at) * plane).to(tl.pointer_type(tl.int32), bitcast=True),
+        pivots + at * shape.padded,
+        heads,
+        heads + of_heads,
+        heads + 2 * of_heads,
+        (heads + 3 * of_heads).to(tl.pointer_type(tl.int32), bitcast=True),
+        integers + at,
+        integers + groups + 2 * at,
+        scale,
+    )
+
+
+@triton.jit
+def load_heads(table, h_first, first, HEADS: tl.constexpr, TOKENS: tl.constexpr, padded):
+    """Of a table [padded heads, padded] that of HEADS heads and TOKENS tokens."""
+    h = (h_first + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+    return tl.load(table + first + h * padded + tl.arange(0, TOKENS)[None, :])  # [HEADS, TOKENS]
+
+
+# --- products over heads ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def multiply_heads(a, b, tile):
+    """a [rows, heads] b [heads, columns]; a single head needs no matrix product."""
+    if a.shape[1] == 1:
+        x = a.to(tl.float32) * b.to(tl.float32)
+    else:
+        x = tl.dot(a, b, input_precision=tile.PRECISION)
+    return x
+
+
+@triton.jit
+def add_product(sums, p, table, tile):
+    """sums [rows, heads] + p [rows, columns] table^T [columns, heads]"""
+    if table.shape[0] == 1:
+        sums += tl.sum(p * table.to(tl.float32), axis=1)[:, None]
+    else:
+        sums = tl.dot(p.to(tile.TABLE), tl.trans(table), acc=sums, input_precision=tile.PRECISION)
+    return sums
+
+
+# --- launch parameters -----------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """See Tile. Warps: of the sweep, of the sweeps back, of the launch that turns back."""
+
+    bm: int
+    bn: int
+    back_bm: int
+    tokens: int
+    heads: int
+    back_heads: int
+    num_warps: int
+    back_warps: int
+    direct_warps: int
+    stages: int
+
+
+def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
+    """The launch parameters, by rule."""
+    if dtype == torch.bfloat16 and vector <= 128:
+        heads = 1 if heads == 1 else min(128, max(16, power_of_two(heads)))
+        return Plan(64, 64, 32, 32, min(64, heads), heads, 4, 4, 4, 3)
+    # Three operands where tf32x3 multiplies: small tiles, eight warps, and always 64 heads, as fewer would spill.
+    heads = 1 if heads == 1 else 64
+    return Plan(32, 32, 32, 16, heads, heads, 4, 8, 8, 2)
+
+
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@lru_cache
+def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, hip: bool) -> tuple[Plan, Tile]:
+    """Cached not for its own sake: Triton finds a compiled kernel by its constants, and the same object is found without
+    comparing it field by field in Python."""
+    vector = max(16, power_of_two(size))
+    rule = plan(vector, heads, dtype)
+    precision = float32_precision()
+    if dtype == torch.float16 and precision == "tf32x3":
+        precision = "tf32"  # which has all the digits of float16
+    table = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
+    fields = (
+        rule.bm, rule.bn, rule.back_bm, rule.tokens, rule.heads, rule.back_heads, size, vector, DTYPES[dtype], table,
+        precision, rule.stages, tril, rope,
+    )  # fmt: skip
+    return rule, Tile(*map(tl.constexpr, fields))
