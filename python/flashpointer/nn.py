@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .ops import _checks, _pointer
+from .ops import _checks
 from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
@@ -163,7 +163,7 @@ class _PointerHead(torch.nn.Module):
         # quantized layer is a method.
         weight = getattr(next(self.children()), "weight", None)
         weights = weight.dtype if isinstance(weight, torch.Tensor) else None
-        if weights in _checks.FLOATS and not _pointer.in_autocast(hidden):
+        if weights in _checks.FLOATS and not _checks.in_autocast(hidden):
             self._require(hidden.dtype == weights, "hidden", f"{weights}, as the weights are, or autocast", hidden)
 
     def _require(self, condition: bool, name: str, takes: str, got: object) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -120,3 +122,13 @@ def is_batched(x: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # which cannot ask
         return False
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def in_autocast(x: torch.Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none, and raises
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For what computes in float32, which autocast would round."""
+    return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else contextlib.nullcontext()

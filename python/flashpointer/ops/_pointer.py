@@ -1,26 +1,13 @@
-"""What the pointer ops share: their options, the checks of their arguments, one layout for both kinds of heads."""
+"""What the pointer ops share: the checks of their arguments, and one layout for both kinds of heads."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
-
 import torch
 
+from ..problem import Problem
 from . import _checks
 
 Bias = torch.Tensor | None
-
-
-class Problem(NamedTuple):
-    """What stays the same from forward to backward, and from tile to tile: see ``pointer_scores``."""
-
-    mask: torch.Tensor | None
-    positions: torch.Tensor | None
-    rope: bool
-    tril_mask: bool
-    max_width: int | None
-    scale: float
 
 
 def check(
@@ -36,8 +23,8 @@ def check(
     tril_mask: bool,
     max_width: int | None,
     scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, Bias, Bias, torch.Tensor | None, int, float]:
-    """q, k, start and end in the dtype of autocast, the mask as bool, the number of heads, and the scale.
+) -> tuple[torch.Tensor, torch.Tensor, Bias, Bias, Problem, int]:
+    """q, k, start and end in the dtype of autocast, the problem, and the number of heads.
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
@@ -46,7 +33,7 @@ def check(
     _checks.check_tensor(op, "k", k, "a floating-point tensor like q", _checks.FLOATS)
     for name, flag in (("rope", rope), ("tril_mask", tril_mask)):
         _checks.check_flag(op, name, flag)
-    if q.dtype != torch.float64 and in_autocast(q):
+    if q.dtype != torch.float64 and _checks.in_autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, start, end = (None if x is None else x.to(dtype) for x in (q, k, start, end))  # type: ignore[assignment]
     heads = _check_shapes(op, q, k, start, end)
@@ -56,17 +43,8 @@ def check(
         raise ValueError(f"{op}: max_width takes an int of at least 1, or None; got {_checks.describe(max_width)}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale takes a number, or None; got {_checks.describe(scale)}")
-    return q, k, start, end, mask, heads, q.shape[-1] ** -0.5 if scale is None else float(scale)
-
-
-def in_autocast(x: torch.Tensor) -> bool:
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none, and raises
-
-
-def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """For what computes in float32, which autocast would round."""
-    return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else contextlib.nullcontext()
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return q, k, start, end, Problem(mask, positions, rope, tril_mask, max_width, scale), heads
 
 
 def _check_shapes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from . import _checks, _rows
+from . import _checks, _register, _rows
 
 OP = "sparse_zlpr_loss"
 
@@ -59,7 +59,7 @@ def sparse_zlpr_loss(
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(scores, positives, mask, ignore_index)
         return reference.sparse_zlpr_loss(scores, positives, mask, reduction, ignore_index)
-    with_grad = _rows.wants_gradient(scores)
+    with_grad = _register.wants_gradient(scores)
     loss: torch.Tensor = _op(scores, positives, mask, reduction, with_grad, backend, ignore_index)[0]
     return loss
 

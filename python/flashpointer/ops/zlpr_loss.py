@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from . import _checks, _rows
+from . import _checks, _register, _rows
 
 OP = "zlpr_loss"
 
@@ -69,7 +69,7 @@ def zlpr_loss(
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(scores, labels, mask)
         return reference.zlpr_loss(scores, labels, mask, reduction)
-    with_grad = _rows.wants_gradient(scores)
+    with_grad = _register.wants_gradient(scores)
     loss: torch.Tensor = _op(scores, labels, mask, reduction, with_grad, backend)[0]
     return loss
 

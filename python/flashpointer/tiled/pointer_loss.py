@@ -11,17 +11,20 @@ their products from the tile.
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import softplus
 
+from ..problem import Problem
 from ._cells import Tile, biases, penalties, tiles
 from ._rotary import rotated, rotated_back
+from ._tiles import computing_dtype
 
 # To a tile, at most: 1 MiB in float32, for two such buffers are to stay in cache.
 CELLS = 1 << 18
@@ -47,6 +50,21 @@ class Saved(NamedTuple):
     log_sums: torch.Tensor  # [2, B, H]: the two terms of the loss
     cells: torch.Tensor  # [S]: the numbers of the spans that count, see _listed, sorted; then NOWHERE
     labels: torch.Tensor  # [2, S]: log(1 - label), and log(label) - score; -inf for both leaves a cell out
+    shape: tuple[int, ...]  # B, own heads or 1, N, D, H, S
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self[:-1]
+
+
+def empty_saved(shape: tuple[int, ...], like: torch.Tensor) -> Saved:
+    """With nothing in it, of the device of ``like``, whose dtype is that of the inputs."""
+    batch, own_heads, length, size, heads, count = shape
+    new = functools.partial(like.new_empty, dtype=computing_dtype(like.dtype))
+    q, k = (new((batch, own_heads, length, size)) for _ in range(2))
+    exponents, values, rows = (new((batch, heads, length)) for _ in range(3))
+    pivots, log_sums = new((batch, own_heads, length)), new((2, batch, heads))
+    cells = like.new_empty(count, dtype=torch.int64)
+    return Saved(q, k, exponents, values, pivots, rows, log_sums, cells, new((2, count)), shape)
 
 
 def forward(
@@ -57,7 +75,7 @@ def forward(
     spans: torch.Tensor,
     span_labels: torch.Tensor | None,
     heads: int,
-    problem: Any,
+    problem: Problem,
     kept: Kept | None = None,
 ) -> tuple[torch.Tensor, Saved]:
     """As ``kernels.pointer_loss.forward``; float64 is computed in float64. ``kept`` is filled for backward."""
@@ -66,16 +84,17 @@ def forward(
     q, k = (rotated(x if problem.rope else x.clone(), problem) for x in (q, k))
     q.mul_(problem.scale)
     batch, own_heads, length, _ = q.shape
+    shape = (*q.shape, heads, len(spans))
     cells, labels = _listed(spans, span_labels, q, heads, problem)
     start, end = (biases(bias, batch, heads, length, problem, q) for bias in (start, end))
     pivots, rows = q.new_zeros((batch, own_heads, length)), torch.full_like(start, -torch.inf)
     log_sums = q.new_zeros((2, batch, heads))
     if rows.numel() == 0:
-        return log_sums.sum(0), Saved(q, k, start.clone(), end.clone(), pivots, rows, log_sums, cells, labels)
+        return log_sums.sum(0), Saved(q, k, start.clone(), end.clone(), pivots, rows, log_sums, cells, labels, shape)
     # Kept finite: rows with an end of inf are far from safe, and of the sweep nothing but 0 may come of them.
     largest = _finite(end.amax(-1, keepdim=True))
     exponents, values = start + largest, (end - largest).clamp_(max=0.0).exp_()
-    saved = Saved(q, k, exponents, values, pivots, rows, log_sums, cells, labels)
+    saved = Saved(q, k, exponents, values, pivots, rows, log_sums, cells, labels, shape)
 
     group, direct = _by_group(saved), _direct(saved, start, end)
     exponents.view(-1).index_fill_(0, direct.rows, -torch.inf)
@@ -117,7 +136,7 @@ def backward(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
     dtype: torch.dtype,
-    problem: Any,
+    problem: Problem,
     kept: Kept | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``kernels.pointer_loss.backward``."""
@@ -181,7 +200,7 @@ def _height(groups: int, length: int) -> int:
     return max(HEIGHT, CELLS // max(1, groups * length) // 16 * 16)
 
 
-def _tiles(group: Saved, problem: Any) -> Iterator[Tile]:
+def _tiles(group: Saved, problem: Problem) -> Iterator[Tile]:
     """By triangle and band alone: the mask is in exponents and values."""
     groups, length, _ = group.q.shape
     return tiles(groups, length, problem, group.q, penalties, height=_height(groups, length), cells=CELLS)
@@ -211,7 +230,7 @@ def _products(group: Saved, tile: Tile, overflown: bool = False) -> tuple[torch.
 
 
 def _listed(
-    spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Any
+    spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Problem
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The numbers of the spans that count, sorted, and log(1 - label) and log(label) of each: of valid cells, of
     repeated ones the first.
