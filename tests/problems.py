@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+import flashpointer as fp
+
 # Each op on rows of scores with the arguments that are differentiated; then each on q and k.
 OPS = {"zlpr_loss": ("scores",), "sparse_zlpr_loss": ("scores",), "zlpr_kl_div": ("scores", "other")}
 POINTER_OPS = {op: ("q", "k", "start", "end") for op in ("pointer_scores", "pointer_loss")}
@@ -27,20 +29,42 @@ def positives(shape: tuple[int, ...], listed: int, device: str) -> torch.Tensor:
     return lists if classes > 0 else -1 - lists.abs()
 
 
-def pointer_problem(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
-    """Two sentences of 7 tokens, the second one padded, and 3 heads. No score is -inf, whose gradient is NaN."""
+def pointer_problem(
+    op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", shared: bool = True
+) -> dict[str, Any]:
+    """Two sentences of 7 tokens, the second one padded, in a band, and 3 heads."""
     B, H, N, D = 2, 3, 7, 8
-    inputs = {name: torch.randn(B, N, D, device=device).to(dtype) for name in ("q", "k")}
+    inputs = {name: torch.randn((B, N, D) if shared else (B, H, N, D), device=device).to(dtype) for name in ("q", "k")}
     inputs |= {name: torch.randn(B, H, N, device=device).to(dtype) for name in ("start", "end")}
-    if op == "pointer_scores":
-        return {**inputs, "tril_mask": False}
     mask = torch.arange(N, device=device) < torch.tensor([[N], [5]], device=device)
-    spans = torch.tensor([[0, 0, 1, 2], [0, 2, 1, 6], [1, 1, 0, 3], [1, 1, 2, 6]], device=device)
-    return {**inputs, "spans": spans, "mask": mask}
+    spans = torch.tensor([[0, 0, 1, 2], [0, 2, 1, 5], [1, 1, 0, 3], [1, 1, 2, 6], [0, 0, 1, 2]], device=device)
+    options = {"mask": mask, "max_width": 5}
+    return {**inputs, **options, "spans": spans} if op == "pointer_loss" else {**inputs, **options}
 
 
-def any_problem(op: str, device: str = "cpu") -> dict[str, Any]:
-    return pointer_problem(op, device=device) if op in POINTER_OPS else problem(op, (2, 3, 7), device=device)
+# What cuts across ops is asked of each of these.
+CASES = [*OPS, *(f"{op}, {heads} q and k" for op in POINTER_OPS for heads in ("shared", "own"))]
+
+
+def op_of(case: str) -> tuple[str, tuple[str, ...]]:
+    """The op of a case, and the arguments that are differentiated."""
+    op = case.partition(",")[0]
+    return op, (OPS | POINTER_OPS)[op]
+
+
+def any_problem(case: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    op, _ = op_of(case)
+    return (
+        pointer_problem(op, dtype, device, "own" not in case)
+        if op in POINTER_OPS
+        else problem(op, (2, 3, 7), dtype, device)
+    )
+
+
+def value_of(op: str, inputs: dict[str, Any]) -> torch.Tensor:
+    """With 0 for -inf, the score of an invalid cell."""
+    value: torch.Tensor = getattr(fp, op)(**inputs)
+    return value.masked_fill(value == -torch.inf, 0.0)
 
 
 def soft_labels(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:

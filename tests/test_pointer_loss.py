@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 import flashpointer as fp
 from flashpointer.agreement import compare, relative_error, run
@@ -403,31 +402,6 @@ def test_gradcheck(shared: bool, soft: bool) -> None:
     assert torch.autograd.gradcheck(loss, values)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_a_retained_graph_gives_the_same_gradient_again(place: Place, reduction: str) -> None:
-    inputs = problem((2, 3, 20, 8), device=place.device)
-    leaves = [inputs[name].requires_grad_() for name in differentiable(inputs)]
-    loss = fp.pointer_loss(**inputs, reduction=reduction)
-    upstream = torch.full_like(loss, 0.3)
-    first, second = (torch.autograd.grad(loss, leaves, x * upstream, retain_graph=True) for x in (1, 2))
-    for x, y in zip(first, second, strict=True):
-        assert relative_error(y, 2 * x) < 1e-6
-        assert x.abs().max() > 0
-
-
-def test_only_what_needs_a_gradient_gets_one(place: Place) -> None:
-    inputs = problem((2, 3, 20, 16), device=place.device)
-    for name, expected in zip(differentiable(inputs), evaluate(inputs)[1:], strict=True):
-        assert relative_error(run(fp.pointer_loss, inputs, (name,))[1], expected) < 1e-6
-
-
-def test_second_derivatives_are_refused(place: Place) -> None:
-    inputs = problem((1, 1, 4, 8), device=place.device)
-    loss = fp.pointer_loss(**{**inputs, "q": inputs["q"].requires_grad_()})
-    with pytest.raises(RuntimeError, match="pointer_loss: second derivatives are not supported"):
-        torch.autograd.grad(loss, inputs["q"], create_graph=True)
-
-
 def test_bitwise_repeatable(place: Place) -> None:
     inputs = {**problem((2, 9, 70, 32), device=place.device, count=40), "reduction": "none"}
     first = evaluate(inputs)
@@ -461,19 +435,6 @@ def test_a_loss_scaler_steps(place: Place) -> None:
     exact = {k: v.double() if v is not None and k in ("q", "k", "start", "end") else v for k, v in inputs.items()}
     for x, y in zip(grads, run(fp.reference.pointer_loss, exact, differentiable(inputs))[1:], strict=True):
         assert relative_error(x.double() / 65536, y) < 2e-3
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(place: Place, reentrant: bool) -> None:
-    inputs = problem((2, 3, 20, 16), device=place.device)
-    q = inputs.pop("q").requires_grad_()
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        return fp.pointer_loss(2 * x, **inputs)
-
-    expected = torch.autograd.grad(step(q), q)[0]
-    checkpoint(step, q, use_reentrant=reentrant).backward()
-    assert torch.equal(q.grad, expected)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])

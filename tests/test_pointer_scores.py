@@ -212,20 +212,6 @@ def test_gradcheck(shared: bool) -> None:
     assert torch.autograd.gradcheck(finite, values)
 
 
-def test_only_what_needs_a_gradient_gets_one(place: Place) -> None:
-    values = tensors((2, 3, 20, 16), True, torch.float32, place.device)
-    upstream = torch.randn(2, 3, 20, 20, device=place.device)
-    for name, expected in zip(values, evaluate(values, upstream)[1:], strict=True):
-        assert relative_error(run(fp.pointer_scores, values, (name,), upstream)[1], expected) < 1e-6
-
-
-def test_second_derivatives_are_refused(place: Place) -> None:
-    q, k = tensors((1, 1, 4, 8), True, torch.float32, place.device, biases=False).values()
-    scores = fp.pointer_scores(q.requires_grad_(), k, tril_mask=False)
-    with pytest.raises(RuntimeError, match="pointer_scores: second derivatives are not supported"):
-        torch.autograd.grad(scores.sum(), q, create_graph=True)
-
-
 def test_autocast(place: Place) -> None:
     half = torch.float16 if place.backend == "triton" else torch.bfloat16
     values = tensors((2, 3, 20, 16), True, torch.float32, place.device)

@@ -14,7 +14,7 @@ import flashpointer as fp
 from flashpointer.agreement import relative_error
 
 from .conftest import Place
-from .problems import OPS, POINTER_OPS, any_problem
+from .problems import OPS, POINTER_OPS, any_problem, value_of
 
 DIFFERENTIABLE = OPS | POINTER_OPS
 every_op = pytest.mark.parametrize("op", DIFFERENTIABLE)
@@ -22,10 +22,8 @@ every_op = pytest.mark.parametrize("op", DIFFERENTIABLE)
 
 def of_each_argument(op: str, device: str) -> list[tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]]:
     """Of each argument that is differentiated the function of it alone, and its value."""
-    inputs = any_problem(op, device)
-    return [
-        (lambda x, name=name: getattr(fp, op)(**{**inputs, name: x}).sum(), inputs[name]) for name in DIFFERENTIABLE[op]
-    ]
+    inputs = any_problem(op, device=device)
+    return [(lambda x, name=name: value_of(op, {**inputs, name: x}).sum(), inputs[name]) for name in DIFFERENTIABLE[op]]
 
 
 def by_jvp(function: Any, x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +85,7 @@ def test_vmap_is_a_loop(place: Place, op: str) -> None:
     """Values, and the gradients of what is outside."""
     for function, x in of_each_argument(op, place.device):
         if op == "pointer_loss":  # whose q and k are of a batch already
-            with pytest.raises(RuntimeError, match="^pointer_loss: torch.func.vmap is not supported"):
+            with pytest.raises(RuntimeError, match=r"^pointer_loss: torch\.func\.vmap is not supported"):
                 func.vmap(function)(x.unsqueeze(0))
             continue
         many = torch.stack([x, torch.randn_like(x)]).requires_grad_()
@@ -104,11 +102,11 @@ def test_vmap_is_a_loop(place: Place, op: str) -> None:
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_many_upstream_gradients_at_once(place: Place, op: str, reduction: str) -> None:
     """is_grads_batched, and jacobian(vectorize=True), which is made of it."""
-    inputs, names = any_problem(op, place.device), DIFFERENTIABLE[op]
+    inputs, names = any_problem(op, device=place.device), DIFFERENTIABLE[op]
     if op != "pointer_scores":
         inputs["reduction"] = reduction
     leaves = [inputs[name].requires_grad_() for name in names]
-    value = getattr(fp, op)(**inputs)
+    value = value_of(op, inputs)
     upstream = torch.randn(4, *value.shape, device=place.device)
     if op == "pointer_loss":
         with pytest.raises(
@@ -123,7 +121,7 @@ def test_many_upstream_gradients_at_once(place: Place, op: str, reduction: str) 
 
 
 def test_decode_refuses_what_it_cannot_do(place: Place) -> None:
-    inputs = any_problem("pointer_scores", place.device)
+    inputs = any_problem("pointer_scores", device=place.device)
     q = inputs.pop("q")
 
     def decode(q: torch.Tensor) -> torch.Tensor:
