@@ -3,7 +3,7 @@
 from setuptools import setup
 
 setup(
-    packages=["flashpointer", "flashpointer.kernels", "flashpointer.ops", "flashpointer.tiled"],
+    packages=["flashpointer", "flashpointer.kernels", "flashpointer.ops", "flashpointer.spans", "flashpointer.tiled"],
     package_dir={"flashpointer": "python/flashpointer", "flashpointer.kernels": "kernels"},
     package_data={"flashpointer": ["py.typed"]},
 )

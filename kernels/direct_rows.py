@@ -17,7 +17,6 @@ from .zlpr_loss import FLOAT_MAX
 
 NOWHERE = tl.constexpr(2**63 - 1)  # the key of a span on no valid cell: behind all others
 GATHERED = tl.constexpr(16)  # direct rows at a time: the least that a matrix unit takes
-LEFT_OUT = tl.constexpr(-100.0)  # the label of a cell that leaves both terms
 LANES = tl.constexpr(128)  # of searches and scans of the sorted spans
 
 
@@ -28,7 +27,7 @@ class Rows(NamedTuple):
     m: Any
     live: Any
     own: Any  # the column of the listed span, -1 for none
-    counts: Any  # the listing: not again, and not labelled LEFT_OUT
+    left_out: Any  # its cell was listed before, or its label is -100
     opens: Any  # it is the first of its row
     following: Any  # column of the next one in its row, or one beyond all
     label: Any
@@ -165,8 +164,8 @@ def load_rows(group, spans, p, stop, shape, tile):
     following = tl.where(after >> spans.n_bits == row, after & (beyond - 1), beyond).to(tl.int32)
     start = load_start(group, h, m, live, shape)
     q = gather_vectors(group.q, m, tile.VECTOR)  # [GATHERED, VECTOR]
-    counts = (before != key) & (label != LEFT_OUT)
-    return Rows(h, m, live, n, counts, before >> spans.n_bits != row, following, label, q, start)
+    left_out = (before == key) | (label == -100.0)
+    return Rows(h, m, live, n, left_out, before >> spans.n_bits != row, following, label, q, start)
 
 
 @triton.jit
@@ -239,7 +238,7 @@ def log_rest(score, label):
 def direct_weights(s, n, rows, terms):
     """The gradient by the scores s [GATHERED, columns]."""
     negative = tl.where(answers_for(n, rows), tl.exp(s - terms.l_n[:, None]), 0.0)
-    counts = (n[None, :] == rows.own[:, None]) & (s != float("-inf")) & rows.counts[:, None]
+    counts = (n[None, :] == rows.own[:, None]) & (s != float("-inf")) & (rows.left_out == 0)[:, None]
     rest = tl.where((rows.label == 1.0)[:, None], float("-inf"), s + tl.log(1 - rows.label)[:, None])
     of_listed = tl.exp(rest - terms.l_n[:, None]) - tl.exp((tl.log(rows.label) - terms.l_p)[:, None] - s)
     return terms.g[:, None] * tl.where(counts, of_listed, negative)

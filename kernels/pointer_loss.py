@@ -234,7 +234,7 @@ def sum_listed(group, spans, within, shape, tile):
         p = p_first + tl.arange(0, GATHERED)
         rows = load_rows(group, spans, p, within[1], shape, tile)
         log_sums, listed = direct_log_sums(rows, group, shape, tile)
-        counts = rows.counts & (listed != float("-inf"))
+        counts = (rows.left_out == 0) & (listed != float("-inf"))
         own = tl.where(counts, log_rest(listed, rows.label), float("-inf"))
         either = tl.minimum(safe(tl.maximum(log_sums, own)), FLOAT_MAX)
         negatives = either + tl.log(tl.exp(log_sums - either) + tl.exp(own - either))
@@ -640,7 +640,7 @@ def add_unsafe(owned, upstream, group, shape, tile):
             terms = load_terms(group, upstream, rows, shape)
             here = rows.live & (rows.m >= token_first) & (rows.m < token_first + tile.TOKENS)
             mine = Rows(
-                rows.h, rows.m, here, rows.own, rows.counts, rows.opens, rows.following, rows.label, rows.q,
+                rows.h, rows.m, here, rows.own, rows.left_out, rows.opens, rows.following, rows.label, rows.q,
                 rows.start,
             )  # fmt: skip
             d_rows = direct_vectors(mine, terms, group, shape, tile)  # the others are 0
@@ -715,15 +715,19 @@ class Saved(NamedTuple):
     """What forward keeps for backward: linear in N."""
 
     workspace: torch.Tensor  # [bytes]
-    shape: tuple[int, int, int, int, int, int]  # B, own heads or 1, N, D, H, S
+    shape: tuple[int, ...]  # B, own heads or 1, N, D, H, S
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self[:-1]
 
 
-def saved_shape(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int]:
-    """Of the workspace, for shape as in Saved, some of whose numbers may be symbolic."""
+def empty_saved(shape: tuple[int, ...], like: torch.Tensor) -> Saved:
+    """With nothing in it, of the device of ``like``, whose dtype is that of the inputs. Sizes may be symbolic."""
     batch, own_heads, length, size, heads, count = shape
     of_group = int(heads) // int(own_heads)
-    _, tile = tile_of(int(size), of_group, dtype, True, True, torch.version.hip is not None)
-    return (workspace_bytes(batch * own_heads, of_group, length, count, tile),)
+    _, tile = tile_of(int(size), of_group, like.dtype, True, True, torch.version.hip is not None)
+    bytes_needed = workspace_bytes(batch * own_heads, of_group, length, count, tile)
+    return Saved(like.new_empty(bytes_needed, dtype=torch.uint8), shape)
 
 
 def _sizes(shape: tuple[int, ...], problem: Any) -> Sizes:
@@ -766,11 +770,11 @@ def forward(
     ``pointer_scores.forward``.
     """
     shape = (*q.shape, heads, len(spans))
-    workspace = torch.empty(saved_shape(shape, q.dtype), dtype=torch.uint8, device=q.device)
+    saved = empty_saved(shape, q)
     losses = torch.empty((q.shape[0], heads), dtype=torch.float32, device=q.device)
     if losses.numel() * q.shape[2] == 0:
-        return losses.zero_(), Saved(workspace.zero_(), shape)
-    sizes, (scale, sign) = _sizes(shape, problem), _scale(problem)
+        return losses.zero_(), Saved(saved.workspace.zero_(), shape)
+    workspace, sizes, (scale, sign) = saved.workspace, _sizes(shape, problem), _scale(problem)
     _, groups, of_group, length, count, *_ = sizes
     rule, tile = tile_of(
         q.shape[3], of_group, q.dtype, problem.tril_mask, problem.rope, torch.version.hip is not None
@@ -800,7 +804,7 @@ def forward(
         combine_kernel[(groups * of_group,)](
             workspace, losses, *sizes[1:], scale, tile, BLOCK=block, num_warps=1 if block <= 256 else 2, **registers
         )
-    return losses, Saved(workspace, shape)
+    return losses, saved
 
 
 def _sort(workspace: torch.Tensor, span_labels: torch.Tensor | None, count: int) -> None:

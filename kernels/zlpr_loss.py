@@ -1,13 +1,16 @@
 """The ZLPR loss of each row, and its gradient in the same pass.
 
-With weights n_i = 1 - t_i among the negatives and p_i = t_i among the positives (both 0 where a cell is left out),
+A label t_i is a weight inside the exponent, so with a_i = s_i + log(1 - t_i) and b_i = -s_i + log t_i, both -inf where
+the cell is left out,
 
-    l_n = log(1 + sum_i n_i exp(s_i))        l_p = log(1 + sum_i p_i exp(-s_i))        loss = l_n + l_p
-    dloss/ds_i = n_i exp(s_i - l_n) - p_i exp(-s_i - l_p)
+    l_n = log(1 + sum_i exp(a_i))        l_p = log(1 + sum_i exp(b_i))        loss = l_n + l_p
+    dloss/ds_i = exp(a_i - l_n) - exp(b_i - l_p)
 
-The 1 inside each logarithm stands for a score of 0, the threshold, so a pivot m = max(0, max_i s_i) is finite even
-where every cell is left out, and l = m + log1p(S + expm1(-m)) with S = sum_i n_i exp(s_i - m) keeps a small loss exact.
-The gradient is n_i exp(s_i - m) / (S + exp(-m)): the sums carry digits that a large l has rounded away.
+The 1 inside each logarithm stands for a score of 0, the threshold, so a pivot m = max(0, max_i a_i) is finite even
+where every cell is left out, and l = m + log1p(S + expm1(-m)) with S = sum_i exp(a_i - m) keeps a small loss exact: no
+digits cancel, for where m > 0 the largest term alone makes S >= 1. (Of a pivot that left out the weights S would be as
+small as they are, and S + expm1(-m) as near to -1.) The gradient is exp(a_i - m) / (S + exp(-m)): the sums carry digits
+that a large l has rounded away.
 
 A row that fits a block is read once. A longer row is swept twice: log-sums, then gradient. Where such rows are too few
 to fill a GPU each is split over several programs, whose partial sums are merged in a fixed order.
@@ -53,13 +56,20 @@ def inverse_sum(m, S):
 
 
 @triton.jit
+def log_weight(t):
+    """log(t) of labels down to the least subnormal, where a native logarithm may take them for 0."""
+    tiny = t < 1e-30
+    return tl.log(tl.where(tiny, t * 1.8446744073709552e19, t)) - tl.where(tiny, 44.3614195558365, 0.0)  # 2^64
+
+
+@triton.jit
 def load_exponents(
     scores, labels, mask, col, inside, stride_scores, stride_labels, stride_mask,
     LABELS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """One tile: the exponents a = s of the negatives and b = -s of the positives, -inf where the weight is 0, and the
-    weights n and p themselves, which are 1 for hard labels. A cell is left out by a score of -inf, whether it came with
-    one, lies beyond the row or is masked; one with a label that is none gets a NaN, which the loss of its row shows."""
+    """One tile: the exponents a of the negatives and b of the positives. A cell is left out by a score of -inf, whether
+    it came with one, lies beyond the row or is masked; one with a label that is none gets a NaN, which the loss of its
+    row shows."""
     s = tl.load(scores + col.to(tl.int64) * stride_scores, mask=inside, other=float("-inf")).to(tl.float32)
     if HAS_MASK:
         kept = tl.load(mask + col.to(tl.int64) * stride_mask, mask=inside, other=0)
@@ -73,27 +83,15 @@ def load_exponents(
         t = t.to(tl.float32)
         s = tl.where(t == -100.0, float("-inf"), s)
         s = tl.where((s == float("-inf")) | ((t >= 0.0) & (t <= 1.0)), s, float("nan"))
-        a = tl.where(t == 1.0, float("-inf"), s)
-        n = 1.0 - t
-        p = t
+        a = tl.where((t == 1.0) | (s == float("-inf")), float("-inf"), s + tl.log(1.0 - t))  # inf + log 0 is NaN
+        b = log_weight(t) - s
     else:
         if LABELS == "integer":
             s = tl.where(t == -100, float("-inf"), s)
             s = tl.where((s == float("-inf")) | (t == 0) | (t == 1), s, float("nan"))
         a = tl.where(t != 0, float("-inf"), s)
-        n = 1.0
-        p = 1.0
-    b = tl.where((t != 0) & (s != float("-inf")), -s, float("-inf"))
-    return a, n, b, p
-
-
-@triton.jit
-def weighted_exp(exponents, weights, m, LABELS: tl.constexpr):
-    """weights * exp(exponents - m); the weight is 1 where the labels are hard, and exp(-inf) = 0 where it is 0."""
-    e = tl.exp(exponents - m)
-    if LABELS == "soft":
-        e = tl.where(exponents == float("-inf"), 0.0, weights * e)
-    return e
+        b = tl.where(t != 0, -s, float("-inf"))
+    return a, tl.where(s == float("-inf"), float("-inf"), b)
 
 
 @triton.jit
@@ -108,14 +106,14 @@ def sweep_log_sums(
     S_p = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(start, stop, BLOCK):
         col = first + tl.arange(0, BLOCK)
-        a, n, b, p = load_exponents(
+        a, b = load_exponents(
             scores, labels, mask, col, col < stop, stride_scores, stride_labels, stride_mask, LABELS, HAS_MASK
         )
         m = tl.maximum(m_n, pivot(a, 0))
-        S_n = S_n * tl.exp(m_n - m) + weighted_exp(a, n, m, LABELS)
+        S_n = S_n * tl.exp(m_n - m) + tl.exp(a - m)
         m_n = m
         m = tl.maximum(m_p, pivot(b, 0))
-        S_p = S_p * tl.exp(m_p - m) + weighted_exp(b, p, m, LABELS)
+        S_p = S_p * tl.exp(m_p - m) + tl.exp(b - m)
         m_p = m
     return m_n, tl.sum(S_n, axis=0), m_p, tl.sum(S_p, axis=0)
 
@@ -132,10 +130,10 @@ def sweep_gradient(
     for first in range(start, stop, BLOCK):
         col = first + tl.arange(0, BLOCK)
         inside = col < stop
-        a, n, b, p = load_exponents(
+        a, b = load_exponents(
             scores, labels, mask, col, inside, stride_scores, stride_labels, stride_mask, LABELS, HAS_MASK
         )
-        g = weighted_exp(a, n, m_n, LABELS) * share_n - weighted_exp(b, p, m_p, LABELS) * share_p
+        g = tl.exp(a - m_n) * share_n - tl.exp(b - m_p) * share_p
         tl.store(grad + col, g.to(grad.dtype.element_ty), mask=inside)
 
 
@@ -155,14 +153,14 @@ def zlpr_block_kernel(
     inside = (row < rows) & (col < classes)
     o = row // inner
     i = row % inner
-    a, n, b, p = load_exponents(
+    a, b = load_exponents(
         scores + o * stride_so + i * stride_si, labels + o * stride_lo + i * stride_li,
         mask + o * stride_mo + i * stride_mi, col, inside, stride_sc, stride_lc, stride_mc, LABELS, HAS_MASK,
     )  # fmt: skip
     m_n = pivot(a, 1)[:, None]  # [ROWS, 1]
     m_p = pivot(b, 1)[:, None]
-    e_n = weighted_exp(a, n, m_n, LABELS)  # [ROWS, BLOCK]
-    e_p = weighted_exp(b, p, m_p, LABELS)
+    e_n = tl.exp(a - m_n)  # [ROWS, BLOCK]
+    e_p = tl.exp(b - m_p)
     S_n = tl.sum(e_n, axis=1)[:, None]
     S_p = tl.sum(e_p, axis=1)[:, None]
     tl.store(loss + row, log_term(m_n, S_n) + log_term(m_p, S_p), mask=row < rows)

@@ -17,6 +17,8 @@ from typing import IO
 
 ROOT = Path(__file__).parent.parent
 NOTHING_SELECTED = 5
+# Of each minor version that the package takes the newest one.
+TRITONS = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
 def start(*arguments: str, stdout: IO[bytes] | None = None, **environment: str) -> subprocess.Popen[bytes]:
@@ -59,5 +61,5 @@ def compile_only(versions: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--triton"]:
-        sys.exit(compile_only(sys.argv[2:] or ["3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0"]))
+        sys.exit(compile_only(sys.argv[2:] or list(TRITONS)))
     sys.exit(both_processes(sys.argv[1:]))

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
-# Each op with the arguments that are differentiated.
+import flashpointer as fp
+
+# Each op on rows of scores with the arguments that are differentiated; then each on q and k.
 OPS = {"zlpr_loss": ("scores",), "sparse_zlpr_loss": ("scores",), "zlpr_kl_div": ("scores", "other")}
+POINTER_OPS = {op: ("q", "k", "start", "end") for op in ("pointer_scores", "pointer_loss")}
 
 
 def problem(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
@@ -24,3 +27,50 @@ def positives(shape: tuple[int, ...], listed: int, device: str) -> torch.Tensor:
     classes = shape[-1]
     lists = torch.randint(-max(1, classes // 4), max(classes, 1), (*shape[:-1], listed), device=device)
     return lists if classes > 0 else -1 - lists.abs()
+
+
+def pointer_problem(
+    op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", shared: bool = True
+) -> dict[str, Any]:
+    """Two sentences of 7 tokens, the second one padded, in a band, and 3 heads."""
+    B, H, N, D = 2, 3, 7, 8
+    inputs = {name: torch.randn((B, N, D) if shared else (B, H, N, D), device=device).to(dtype) for name in ("q", "k")}
+    inputs |= {name: torch.randn(B, H, N, device=device).to(dtype) for name in ("start", "end")}
+    mask = torch.arange(N, device=device) < torch.tensor([[N], [5]], device=device)
+    spans = torch.tensor([[0, 0, 1, 2], [0, 2, 1, 5], [1, 1, 0, 3], [1, 1, 2, 6], [0, 0, 1, 2]], device=device)
+    options = {"mask": mask, "max_width": 5}
+    return {**inputs, **options, "spans": spans} if op == "pointer_loss" else {**inputs, **options}
+
+
+# What cuts across ops is asked of each of these.
+CASES = [*OPS, *(f"{op}, {heads} q and k" for op in POINTER_OPS for heads in ("shared", "own"))]
+
+
+def op_of(case: str) -> tuple[str, tuple[str, ...]]:
+    """The op of a case, and the arguments that are differentiated."""
+    op = case.partition(",")[0]
+    return op, (OPS | POINTER_OPS)[op]
+
+
+def any_problem(case: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    op, _ = op_of(case)
+    return (
+        pointer_problem(op, dtype, device, "own" not in case)
+        if op in POINTER_OPS
+        else problem(op, (2, 3, 7), dtype, device)
+    )
+
+
+def value_of(op: str, inputs: dict[str, Any]) -> torch.Tensor:
+    """With 0 for -inf, the score of an invalid cell."""
+    value: torch.Tensor = getattr(fp, op)(**inputs)
+    return value.masked_fill(value == -torch.inf, 0.0)
+
+
+def soft_labels(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """As near to 0 and to 1 as may be: log-uniform in [1e-38, 1], as 1 less that, and exactly 0 and 1."""
+    small = 10.0 ** (-38 * torch.rand(shape, dtype=torch.float64))
+    labels = torch.where(torch.rand(shape) < 0.5, small, 1 - small)
+    labels[torch.rand(shape) < 0.1] = 0.0
+    labels[torch.rand(shape) < 0.1] = 1.0
+    return labels.to(device, dtype)

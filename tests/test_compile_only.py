@@ -22,7 +22,7 @@ from flashpointer.kernels import (  # noqa: E402
     zlpr_loss,
 )
 
-from flashpointer.ops._pointer import Problem  # noqa: E402
+from flashpointer.problem import Problem  # noqa: E402
 
 from .chips import CHIPS, Compiled, compiling_for  # noqa: E402
 from .conftest import INTERPRETED  # noqa: E402

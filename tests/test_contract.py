@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import flashpointer as fp
 from flashpointer.agreement import compare, relative_error, run
 
 from .conftest import Place
-from .problems import OPS, problem
+from .problems import CASES, OPS, any_problem, op_of, problem, value_of
 
 every_op = pytest.mark.parametrize("op", OPS)
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def gradients(case: str, inputs: dict[str, Any], names: tuple[str, ...] | None = None) -> list[torch.Tensor]:
+    """The value, and the gradients of all that is differentiated or of those named, under an upstream of 0.3."""
+    op, differentiable = op_of(case)
+    inputs = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    leaves = [inputs[name].requires_grad_() for name in names or differentiable]
+    value = value_of(op, inputs)
+    return [value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, 0.3))]
 
 
 @every_op
@@ -27,49 +40,6 @@ def test_upstream_gradients(place: Place, dtype: torch.dtype, op: str) -> None:
         upstream = torch.tensor(1024.0, device=place.device)
         for result in compare(op, {**inputs, "reduction": reduction}, differentiate=OPS[op], upstream=upstream):
             assert result.ok, result
-
-
-@every_op
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_a_retained_graph_gives_the_same_gradient_again(place: Place, op: str, reduction: str) -> None:
-    inputs = problem(op, (4, 50), device=place.device)
-    scores = inputs["scores"].requires_grad_()
-    loss = getattr(fp, op)(**inputs, reduction=reduction)
-    upstream = torch.full_like(loss, 0.3)
-    first = torch.autograd.grad(loss, scores, upstream, retain_graph=True)[0]
-    second = torch.autograd.grad(loss, scores, 2 * upstream, retain_graph=True)[0]
-    last = torch.autograd.grad(loss, scores, upstream)[0]
-    assert relative_error(second, 2 * first) < 1e-6
-    assert relative_error(last, first) < 1e-6
-    assert first.abs().max() > 0
-
-
-@every_op
-def test_gradients_accumulate(place: Place, op: str) -> None:
-    """Twice into one .grad: what backward handed out must not be what it writes next."""
-    inputs = problem(op, (4, 50), device=place.device)
-    scores = inputs["scores"].requires_grad_()
-    getattr(fp, op)(**inputs).backward()
-    once = scores.grad.clone()
-    (3 * getattr(fp, op)(**inputs)).backward()
-    assert relative_error(scores.grad, 4 * once) < 1e-6
-
-
-@every_op
-def test_second_derivatives_are_refused(place: Place, op: str) -> None:
-    inputs = problem(op, (3, 5), device=place.device)
-    scores = inputs["scores"].requires_grad_()
-    with pytest.raises(RuntimeError, match=f"{op}: second derivatives are not supported"):
-        torch.autograd.grad(getattr(fp, op)(**inputs), scores, create_graph=True)
-
-
-@every_op
-def test_the_reference_has_second_derivatives(op: str) -> None:
-    inputs = problem(op, (3, 5), torch.float64)
-    scores = inputs["scores"].requires_grad_()
-    with fp.use_backend("reference"):
-        first = torch.autograd.grad(getattr(fp, op)(**inputs), scores, create_graph=True)[0]
-    assert torch.autograd.grad(first.sum(), scores)[0].abs().max() > 0
 
 
 @every_op
@@ -140,10 +110,82 @@ def test_gradcheck(op: str) -> None:
         assert torch.autograd.gradcheck(function, [inputs[name].requires_grad_() for name in names])
 
 
-@every_op
-def test_one_gradient_of_two(place: Place, op: str) -> None:
-    """Only what requires a gradient gets one."""
-    inputs = problem(op, (3, 50), device=place.device)
-    everything = run(getattr(fp, op), inputs, OPS[op])[1:]
-    for name, expected in zip(OPS[op], everything, strict=True):
-        assert torch.equal(run(getattr(fp, op), inputs, (name,))[1], expected)
+# --- of every op, those on q and k too -------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_retained_graph_gives_the_same_gradient_again(place: Place, case: str, reduction: str) -> None:
+    (op, names), inputs = op_of(case), any_problem(case, device=place.device)
+    if op != "pointer_scores":
+        inputs["reduction"] = reduction
+    leaves = [inputs[name].requires_grad_() for name in names]
+    value = value_of(op, inputs)
+    upstream = torch.full_like(value, 0.3)
+    first, second = (torch.autograd.grad(value, leaves, x * upstream, retain_graph=True) for x in (1, 2))
+    last = torch.autograd.grad(value, leaves, upstream)
+    for x, y, z in zip(first, second, last, strict=True):
+        assert relative_error(y, 2 * x) < 1e-6
+        assert relative_error(z, x) < 1e-6
+        assert x.abs().max() > 0
+
+
+@every_case
+def test_gradients_accumulate(place: Place, case: str) -> None:
+    """Twice into one .grad: what backward handed out must not be what it writes next."""
+    (op, names), inputs = op_of(case), any_problem(case, device=place.device)
+    leaves = [inputs[name].requires_grad_() for name in names]
+    value_of(op, inputs).sum().backward()
+    once = [x.grad.clone() for x in leaves]
+    (3 * value_of(op, inputs)).sum().backward()
+    for x, y in zip(leaves, once, strict=True):
+        assert relative_error(x.grad, 4 * y) < 1e-6
+
+
+@every_case
+def test_second_derivatives_are_refused(place: Place, case: str) -> None:
+    op, names = op_of(case)
+    for name in names:
+        inputs = any_problem(case, device=place.device)
+        x = inputs[name].requires_grad_()
+        with pytest.raises(RuntimeError, match=f"^{op}: second derivatives are not supported"):
+            torch.autograd.grad(value_of(op, inputs).sum(), x, create_graph=True)
+
+
+@every_case
+def test_the_reference_has_second_derivatives(case: str) -> None:
+    (op, names), inputs = op_of(case), any_problem(case, torch.float64)
+    x = inputs[names[0]].requires_grad_()
+    with fp.use_backend("reference"):
+        first = torch.autograd.grad(value_of(op, inputs).square().sum(), x, create_graph=True)[0]
+    assert torch.autograd.grad(first.sum(), x)[0].abs().max() > 0
+
+
+@every_case
+def test_only_what_needs_a_gradient_gets_one(place: Place, case: str) -> None:
+    inputs = any_problem(case, device=place.device)
+    everything = gradients(case, inputs)[1:]
+    for name, expected in zip(op_of(case)[1], everything, strict=True):
+        assert torch.equal(gradients(case, inputs, (name,))[1], expected)
+
+
+@every_case
+def test_inputs_stay_as_they_are(place: Place, case: str) -> None:
+    (op, names), inputs = op_of(case), any_problem(case, device=place.device)
+    before = {name: x.clone() for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+    value_of(op, {**inputs, **{name: inputs[name].requires_grad_() for name in names}}).sum().backward()
+    assert all(torch.equal(x, inputs[name]) for name, x in before.items())
+
+
+@every_case
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(place: Place, case: str, reentrant: bool) -> None:
+    (op, names), inputs = op_of(case), any_problem(case, device=place.device)
+    x = inputs.pop(names[0]).requires_grad_()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return value_of(op, {**inputs, names[0]: 2 * x}).sum()
+
+    expected = torch.autograd.grad(step(x), x)[0]
+    checkpoint(step, x, use_reentrant=reentrant).backward()
+    assert torch.equal(x.grad, expected)

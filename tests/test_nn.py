@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -294,6 +295,72 @@ def test_data_parallel() -> None:
     run_in_two(_parallel_step)
 
 
+# --- heads without parameters -------------------------------------------------------------------------------------
+
+
+@every_head
+def test_a_replica_of_data_parallel(kind: str) -> None:
+    """As nn.DataParallel makes it on each GPU, which Hugging Face's Trainer uses by itself: without parameters."""
+    head, inputs = make(kind), batch()
+
+    def replica(module: Any) -> Any:
+        copied = module._replicate_for_data_parallel()
+        copied._modules = {name: replica(child) for name, child in module._modules.items()}
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter * 1.0)
+        return copied
+
+    copied = replica(head)
+    assert not list(copied.parameters())
+    for what in (lambda h: h.loss(**inputs), lambda h: h(inputs["hidden"]), lambda h: h.decode(inputs["hidden"])[0]):
+        assert torch.equal(what(copied), what(head))
+    copied.loss(**inputs).backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+    with pytest.raises(ValueError, match=r"hidden takes torch.float32, as the weights are"):
+        copied(inputs["hidden"].double())
+
+
+@every_head
+def test_a_quantized_head(kind: str) -> None:
+    """Its layers have no parameters, and a method for a weight."""
+    head, inputs = make(kind), batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(head), {torch.nn.Linear}, dtype=torch.qint8)
+    assert not list(quantized.parameters())
+    expected, (spans, _) = head.loss(**inputs), quantized.decode(inputs["hidden"], inputs["mask"])
+    assert abs(quantized.loss(**inputs) / expected - 1) < 0.05
+    assert spans.tolist() == (quantized(inputs["hidden"], inputs["mask"]) > 0).nonzero().tolist()
+
+
+def _flattened_step(rank: int) -> None:
+    """FSDP1 by its defaults keeps one flat parameter and leaves the layers tensors that are none."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Model(torch.nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.head = make(kind)
+
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            return self.head.loss(**inputs)
+
+    for kind in HEAD_TYPES:
+        torch.manual_seed(0)
+        model, inputs = Model(kind), batch()
+        expected = model(**inputs).item()
+        sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        loss = sharded(**inputs)
+        loss.backward()
+        assert abs(loss.item() / expected - 1) < 1e-6
+        assert any(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in sharded.parameters())
+
+
+@pytest.mark.slow
+def test_fsdp1_with_its_defaults() -> None:
+    run_in_two(_flattened_step)
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +373,8 @@ def test_data_parallel() -> None:
         ({"head_size": 7}, "head_size takes an even int of at most 256; got int 7"),
         ({"head_size": 258}, "head_size takes an even int of at most 256; got int 258"),
         ({"max_width": 0}, "max_width takes an int of at least 1, or None; got int 0"),
+        ({"rope": "yes"}, "rope takes a bool; got str 'yes'"),
+        ({"tril_mask": None}, "tril_mask takes a bool; got NoneType None"),
     ],
 )
 def test_errors_of_construction(name: str, arguments: dict[str, Any], message: str) -> None:

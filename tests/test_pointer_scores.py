@@ -212,20 +212,6 @@ def test_gradcheck(shared: bool) -> None:
     assert torch.autograd.gradcheck(finite, values)
 
 
-def test_only_what_needs_a_gradient_gets_one(place: Place) -> None:
-    values = tensors((2, 3, 20, 16), True, torch.float32, place.device)
-    upstream = torch.randn(2, 3, 20, 20, device=place.device)
-    for name, expected in zip(values, evaluate(values, upstream)[1:], strict=True):
-        assert relative_error(run(fp.pointer_scores, values, (name,), upstream)[1], expected) < 1e-6
-
-
-def test_second_derivatives_are_refused(place: Place) -> None:
-    q, k = tensors((1, 1, 4, 8), True, torch.float32, place.device, biases=False).values()
-    scores = fp.pointer_scores(q.requires_grad_(), k, tril_mask=False)
-    with pytest.raises(RuntimeError, match="pointer_scores: second derivatives are not supported"):
-        torch.autograd.grad(scores.sum(), q, create_graph=True)
-
-
 def test_autocast(place: Place) -> None:
     half = torch.float16 if place.backend == "triton" else torch.bfloat16
     values = tensors((2, 3, 20, 16), True, torch.float32, place.device)
@@ -288,6 +274,8 @@ Q, BIAS = torch.randn(2, 5, 8), torch.randn(2, 3, 5)
         ({"end": BIAS[:, :2]}, ValueError, r"end must have 3 heads.*; got .*\(2, 2, 5\)"),
         ({"mask": torch.ones(2, 4)}, ValueError, r"mask must be \[B, N\] = \(2, 5\).*; got .*\(2, 4\)"),
         ({"mask": [1]}, TypeError, "mask takes a bool tensor.*; got list"),
+        ({"rope": "yes"}, TypeError, "rope takes a bool; got str 'yes'"),
+        ({"tril_mask": 1}, TypeError, "tril_mask takes a bool; got int 1"),
         ({"positions": torch.rand(5)}, TypeError, "positions takes an integer tensor.*; got a torch.float32"),
         ({"positions": torch.arange(4)}, ValueError, r"positions must be \[N\] or \[B, N\].*; got .*\(4,\)"),
         ({"max_width": 0}, ValueError, "max_width takes an int of at least 1, or None; got int 0"),

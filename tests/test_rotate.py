@@ -10,7 +10,7 @@ import torch
 
 import flashpointer as fp
 from flashpointer.agreement import relative_error
-from flashpointer.ops._pointer import Problem
+from flashpointer.problem import Problem
 
 from .conftest import Place
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -77,6 +78,29 @@ def test_heads_by_name_and_by_position() -> None:
     assert same(spans.from_lists([[(7, torch.tensor(2), 3)]], range(10)), rows((0, 7, 2, 3)))
 
 
+def test_exclusive_ends() -> None:
+    sentences, heads = [[("PER", 0, 1), ("LOC", 2, 5)], [], [("LOC", 3, 4)]], ["PER", "LOC"]
+    expected = rows((0, 0, 0, 0), (0, 1, 2, 4), (2, 1, 3, 3))
+    for lengths in (None, [5, 0, 4]):
+        assert same(spans.from_lists(sentences, heads, lengths=lengths, end="exclusive"), expected)
+    examples = [{"input_ids": [1] * 5, "spans": listed} for listed in sentences]
+    assert same(spans.collate(examples, heads=heads, end="exclusive")["spans"], expected)
+    inclusive = [[(kind, start, end - 1) for kind, start, end in listed] for listed in sentences]
+    assert same(spans.from_lists(inclusive, heads, end="inclusive"), expected)
+
+
+def test_lists_may_be_any_iterable() -> None:
+    expected = rows((0, 0, 1, 2), (1, 1, 0, 0))
+    assert same(spans.from_lists(({span} for span in [("PER", 1, 2), ("LOC", 0, 0)]), HEADS), expected)
+    by_number = torch.tensor([[[0, 1, 2]], [[1, 0, 0]]])
+    for sentences in (by_number, list(by_number), by_number.numpy()):
+        assert same(spans.from_lists(sentences, range(3)), expected)
+    examples = [{"input_ids": [1, 2, 3], "spans": iter([("PER", 1, 2)])}, {"input_ids": [1], "spans": [("LOC", 0, 0)]}]
+    batch = spans.collate(iter(examples), heads=HEADS)
+    assert same(batch["spans"], expected)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 0, 0]]
+
+
 def test_nothing_at_all() -> None:
     assert same(spans.from_lists([], HEADS), EMPTY)
     assert same(spans.from_lists([[], []], []), EMPTY)
@@ -90,7 +114,7 @@ def test_nothing_at_all() -> None:
     assert same(spans.from_padded(torch.full((2, 3, 5, 2), -1)), EMPTY)
     found = spans.from_offsets([], [], HEADS)
     assert same(found.spans, EMPTY)
-    assert found.lost == []
+    assert (found.lost, found.adjusted) == ([], [])
 
 
 def test_dense_labels_of_relations_need_no_triangle() -> None:
@@ -139,10 +163,10 @@ TAME = rows((1, 1, 3, 3), (0, 1, 2, 1), (1, 1, 3, 3))
 def test_a_span_that_nobody_checked_is_dropped(device: str) -> None:
     """As on a GPU, where to look would be to wait, and in a graph."""
     mixed = torch.cat([WILD, TAME, WILD]).to(device)
-    inside = spans._inside(mixed, 2, 2, 4)
+    inside = spans.dense._inside(mixed, 2, 2, 4)
     for dtype in DTYPES:
         expected = spans.to_dense(TAME, 2, 2, 4, dtype)
-        assert torch.equal(spans._fill(mixed, inside, 2, 2, 4, dtype).cpu(), expected)
+        assert torch.equal(spans.dense._fill(mixed, inside, 2, 2, 4, dtype).cpu(), expected)
         if device == "cuda":
             assert torch.equal(spans.to_dense(mixed, 2, 2, 4, dtype).cpu(), expected)
 
@@ -235,8 +259,6 @@ def test_offsets_in_tensors_and_of_split_characters() -> None:
     entities = [("PER", 0, 3), ("LOC", 4, 5), ("ORG", 4, 6)]
     for mapping in (offsets, list(offsets), offsets.tolist()):
         assert same(spans.from_offsets([entities], mapping, HEADS).spans, expected)
-    within = spans.from_offsets([[("PER", 3, 5), ("PER", 7, 8)]], [[(0, 5), (1, 2), (5, 8), (6, 7)]], HEADS)
-    assert same(within.spans, rows((0, 0, 0, 1), (0, 0, 2, 3)))
 
 
 @st.composite
@@ -329,6 +351,8 @@ def test_collate_in_a_worker_process(context: str) -> None:
 
 # Errors
 
+LONG = "x" * 1_000_000
+
 
 @pytest.mark.parametrize(
     "arguments, error, message",
@@ -358,11 +382,57 @@ def test_collate_in_a_worker_process(context: str) -> None:
         ({"lengths": [1, 2]}, ValueError, "lengths takes one for each of 1 sentences; got 2"),
         ({"lengths": 7}, TypeError, "lengths takes one for each sentence; got int 7"),
         ({"lengths": torch.ones(1)}, TypeError, "lengths takes an int for each sentence; got float 1.0 at 0"),
+        ({"lengths": {1}}, TypeError, "lengths takes one for each sentence; got set"),
+        ({"lengths": "1"}, TypeError, "lengths takes one for each sentence; got str '1'"),
+        ({"sentences": None}, TypeError, r"sentences takes for each sentence a list of \(type, .*; got NoneType None"),
+        ({"sentences": {0: []}}, TypeError, "sentences takes for each sentence a list of .*; got dict"),
+        ({"sentences": {}}, TypeError, "sentences takes for each sentence a list of .*; got dict"),
+        ({"sentences": ""}, TypeError, "sentences takes for each sentence a list of .*; got str ''"),
+        ({"sentences": [[], None]}, TypeError, r"sentence 1 takes a list of \(type, start, end\); got NoneType None"),
+        ({"sentences": [{"PER": (0, 1)}]}, TypeError, "sentence 0 takes a list of .*; got dict"),
+        ({"sentences": [{}]}, TypeError, "sentence 0 takes a list of .*; got dict"),
+        ({"sentences": ["PER"]}, TypeError, "sentence 0 takes a list of .*; got str 'PER'"),
+        ({"sentences": torch.tensor([3])}, TypeError, "sentence 0 takes a list of .*; got int 3"),
+        ({"sentences": torch.tensor(3)}, TypeError, "sentences takes .*; got a torch.int64 tensor of shape"),
+        ({"sentences": [[LONG]]}, TypeError, "sentence 0 takes spans .*; got 'xxx"),
+        ({"sentences": [[(LONG, 0, 1)]]}, ValueError, "sentence 0 takes spans .* of a type in heads"),
+        ({"sentences": [[("PER", LONG, 1)]]}, TypeError, "sentence 0 takes spans .* with ints"),
+        ({"sentences": [[list(range(10**6))]]}, TypeError, r"sentence 0 takes spans .*; got \[0, 1, 2"),
+        ({"sentences": [[torch.ones(2, 2)]]}, TypeError, "sentence 0 takes spans .*; got tensor"),
+        ({"heads": {LONG: LONG}}, ValueError, "heads takes a head index, 0 or more"),
+        ({"heads": [LONG, LONG]}, ValueError, "heads takes each type once; got 'xxx"),
+        ({"heads": [["PER"]]}, TypeError, "heads takes types that can be hashed; got list"),
+        ({"end": "excl"}, ValueError, "end takes one of 'inclusive', 'exclusive'; got str 'excl'"),
+        ({"lengths": [LONG]}, TypeError, "lengths takes an int for each sentence; got str 'xxx.* at 0"),
+        ({"end": LONG}, ValueError, "end takes one of 'inclusive', 'exclusive'; got str 'xxx"),
+        ({"end": 1}, ValueError, "end takes one of 'inclusive', 'exclusive'; got int 1"),
+        (
+            {"sentences": [[("PER", 2, 3)]], "lengths": [3]},
+            ValueError,
+            r"sentence 0 .* end < 3, its length; got \(.PER., 2, 3\)\. If ends are exclusive, say end=\"exclusive\"$",
+        ),
+        (
+            {"sentences": [[("PER", 2, 4)]], "lengths": [3]},
+            ValueError,
+            r"sentence 0 takes spans with 0 <= start <= end < 3, its length; got \('PER', 2, 4\)$",
+        ),
+        (
+            {"sentences": [[("PER", 2, 2)]], "lengths": [3], "end": "exclusive"},
+            ValueError,
+            r"sentence 0 takes spans with 0 <= start < end <= 3, its .* If ends are inclusive, say end=\"inclusive\"$",
+        ),
+        (
+            {"sentences": [[("PER", 2, 4)]], "lengths": [3], "end": "exclusive"},
+            ValueError,
+            r"sentence 0 takes spans with 0 <= start < end <= 3, its length; got \('PER', 2, 4\)$",
+        ),
     ],
 )
 def test_errors_of_lists(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^from_lists: {message}"):
+    with pytest.raises(error, match=f"^from_lists: {message}") as caught:
         spans.from_lists(**{"sentences": [[]], "heads": HEADS, **arguments})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_an_error_does_not_list_ten_thousand_types() -> None:
@@ -376,12 +446,12 @@ def test_an_error_does_not_list_ten_thousand_types() -> None:
         (
             {"sentences": [[("PER", -1, 2)]]},
             ValueError,
-            r"sentence 0 takes 0 <= char_start < char_end; got \('PER', -1",
+            r"sentence 0 takes spans with 0 <= char_start < char_end; got \('PER', -1",
         ),
         (
             {"sentences": [[("PER", 2, 2)]]},
             ValueError,
-            r"sentence 0 takes 0 <= char_start < char_end; got \('PER', 2, 2",
+            r"sentence 0 takes spans with 0 <= char_start < char_end; got \('PER', 2, 2",
         ),
         (
             {"sentences": [[("MISC", 0, 2)]]},
@@ -401,7 +471,7 @@ def test_an_error_does_not_list_ten_thousand_types() -> None:
         (
             {"offset_mapping": [[(0, 3), (4, 7), None, (0, 2)]]},
             ValueError,
-            r"offset_mapping of sentence 0 .* one text, which never decrease; got \(0, 2\) at token 3 after 4",
+            r"offset_mapping of sentence 0 .* one text, which go on; got \(0, 2\) at token 3, after one that ends at 7",
         ),
     ],
 )
@@ -496,11 +566,21 @@ GOOD: dict[str, Any] = {"input_ids": [1, 2, 3], "spans": []}
             ValueError,
             r"example 1 takes .* of a type in heads.*got \('MISC', 1, 1\)",
         ),
+        (None, TypeError, "example 1 takes a mapping with the keys input_ids and spans; got NoneType None"),
+        ([1, 2], TypeError, "example 1 takes a mapping with the keys input_ids and spans; got list"),
+        ({key: 0 for key in range(10**6)}, ValueError, r"example 1 takes the keys .*; got \[0, 1, 2, 3, 4, 5, ...\]$"),
+        ({**GOOD, "spans": None}, TypeError, r"example 1 takes a list of \(type, start, end\); got NoneType None"),
+        ({**GOOD, "spans": {"PER": (0, 1)}}, TypeError, "example 1 takes a list of .*; got dict"),
+        ({**GOOD, "spans": "PER"}, TypeError, "example 1 takes a list of .*; got str 'PER'"),
+        ({**GOOD, "spans": [(LONG, 1, 1)]}, ValueError, "example 1 takes spans .* of a type in heads"),
+        ({**GOOD, "spans": [("PER", 2, 3)]}, ValueError, r'example 1 .* If ends are exclusive, say end="exclusive"$'),
     ],
 )
 def test_errors_of_collate(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^collate: {message}"):
+    with pytest.raises(error, match=f"^collate: {message}") as caught:
         spans.collate([GOOD, wrong], heads=HEADS)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -508,11 +588,56 @@ def test_errors_of_collate(wrong: dict[str, Any], error: type[Exception], messag
     [
         ({"pad_token_id": None}, "pad_token_id takes an int; got NoneType None"),
         ({"heads": 3}, "heads takes a mapping .*; got int 3"),
+        ({"examples": None}, "examples takes a list of mappings with the keys input_ids and spans; got NoneType None"),
+        ({"examples": GOOD}, "examples takes a list of mappings with the keys input_ids and spans; got dict"),
     ],
 )
 def test_errors_of_the_options_of_collate(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=f"^collate: {message}"):
-        spans.collate([GOOD], **{"heads": HEADS, **options})
+        spans.collate(**{"examples": [GOOD], "heads": HEADS, **options})
+
+
+WRONG: dict[str, Any] = {
+    "a number": 3,
+    "a long string": LONG,
+    "a long list of strings": [LONG] * 1000,
+    "bytes": b"PER",
+    "a mapping": {LONG: LONG},
+    "an array of no dimension": numpy.zeros(()),
+    "a large array": numpy.zeros((99, 99)),
+    "a sparse tensor": torch.eye(7).to_sparse(),
+    "a nested tensor": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "a tensor on no device": torch.ones(2, 3, device="meta"),
+    "something of many lines": type("Many", (), {"__repr__": lambda self: "line\n" * 1000})(),
+}
+CALLS: dict[str, dict[str, Any]] = {
+    "from_lists": {"sentences": [[("PER", 0, 1)]], "heads": HEADS, "lengths": [2], "end": "inclusive"},
+    "collate": {"examples": [GOOD], "heads": HEADS, "pad_token_id": 0, "end": "inclusive"},
+    "from_offsets": {
+        "sentences": [[("PER", 0, 1)]],
+        "offset_mapping": [[(0, 1)]],
+        "heads": HEADS,
+        "texts": ["a"],
+        "alignment": "expand",
+        "end": "exclusive",
+    },
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("op, name", [(op, name) for op, arguments in CALLS.items() for name in arguments])
+def test_whatever_is_given_for_an_argument_an_error_of_one_line_names_it(op: str, name: str, wrong: str) -> None:
+    if name == "pad_token_id" and wrong == "a number":
+        return
+    with pytest.raises((TypeError, ValueError)) as caught:
+        getattr(spans, op)(**{**CALLS[op], name: WRONG[wrong]})
+    message = str(caught.value)
+    unit = {"sentences": r"sentence 0|(lengths|offset_mapping) takes one for each of \d+", "examples": "example 0"}
+    assert re.match(f"{op}: ({name}|{unit.get(name, name)}) ", message), message
+    assert " takes " in message
+    assert "got " in message
+    assert "\n" not in message
+    assert len(message) < 400
 
 
 # Real sentences

@@ -14,6 +14,7 @@ from flashpointer import backends
 from flashpointer.agreement import compare, run
 
 from .conftest import Place
+from .problems import soft_labels
 
 # Each shape for its path: rows that share a block, a block a row, an odd row that fits no vector load, leading
 # dimensions, two sweeps (many rows), a split row (few), and on a CPU several tiles of rows and of columns.
@@ -35,9 +36,7 @@ def labels_of(kind: str, shape: tuple[int, ...], device: str) -> torch.Tensor:
     if kind == "bool":
         return labels
     if kind == "soft":
-        soft = torch.rand(shape, device=device)
-        soft[torch.rand(shape, device=device) < 0.2] = 0.0
-        soft[torch.rand(shape, device=device) < 0.2] = 1.0
+        soft = soft_labels(shape, device)
         soft[torch.rand(shape, device=device) < 0.1] = -100.0
         return soft
     if kind == "uint8":
@@ -97,6 +96,47 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 @given(inputs=problems())
 def test_any_shape_agrees(place: Place, inputs: dict[str, Any]) -> None:
     agree({k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+
+
+@st.composite
+def soft_problems(draw: st.DrawFn) -> dict[str, Any]:
+    """Scores that make each weight count; with and without what lets a CPU compute without a pivot."""
+    shape = (draw(st.integers(1, 5)), draw(st.integers(1, 60)))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    scores = (2 * torch.rand(shape) - 1) * draw(st.sampled_from([3.0, 30.0, 60.0, 100.0, 1000.0]))
+    labels = soft_labels(shape, dtype=torch.float64)
+    labels[torch.rand(shape) < draw(st.sampled_from([0.0, 0.2]))] = -100.0
+    mask = draw(st.sampled_from([None, torch.rand(shape) < 0.7]))
+    return {"scores": scores, "labels": labels, "mask": mask, "reduction": "none"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(inputs=soft_problems(), label_dtype=st.sampled_from([None, torch.float32, torch.float64]))
+def test_any_soft_label_agrees(
+    place: Place, dtype: torch.dtype, inputs: dict[str, Any], label_dtype: torch.dtype | None
+) -> None:
+    scores, labels = inputs["scores"].to(place.device, dtype), inputs["labels"].to(place.device, label_dtype or dtype)
+    mask = None if inputs["mask"] is None else inputs["mask"].to(place.device)
+    upstream = torch.randn(scores.shape[:-1], device=place.device)
+    agree({**inputs, "scores": scores, "labels": labels, "mask": mask}, upstream)
+
+
+@pytest.mark.parametrize("classes", [3, 9000])  # one block; swept
+@pytest.mark.parametrize("score, label, loss", [(-18.0, 1e-8, 0.55335), (-14.0, 1e-6, 0.83823), (-10.0, 1e-4, 1.21261)])
+def test_a_small_weight_does_not_cancel(place: Place, score: float, label: float, loss: float, classes: int) -> None:
+    """Where the score alone would be a pivot far above its term, and an ignored cell forbids to do without one."""
+    scores = torch.full((1, classes), -torch.inf, device=place.device)
+    labels = torch.zeros_like(scores)
+    scores[0, :2], labels[0, 0], labels[0, -1] = torch.tensor([score, -3.0]), label, -100.0
+    torch.testing.assert_close(fp.zlpr_loss(scores, labels).item(), loss, rtol=0, atol=5e-6)
+    agree({"scores": scores, "labels": labels})
+
+
+def test_subnormal_labels_count(place: Place) -> None:
+    for label in (2.0**-149, 2.0**-140, 2.0**-127):
+        labels = torch.tensor([[label, 0.0, 1.0]], device=place.device)
+        for score in (-50.0, -100.0, -300.0):
+            agree({"scores": torch.tensor([[score, -3.0, 3.0]], device=place.device), "labels": labels})
 
 
 @pytest.mark.parametrize("classes", [1, 28, 9000, 20000])
@@ -261,7 +301,7 @@ SCORES, LABELS = torch.randn(2, 5), torch.zeros(2, 5, dtype=torch.bool)
         ({"labels": LABELS + 2}, ValueError, r"labels takes 0 to 1, or -100.*; got 2 at \(0, 0\)"),
         ({"labels": LABELS.float() - 0.5}, ValueError, r"labels takes 0 to 1, or -100.*; got -0.5 at \(0, 0\)"),
         ({"labels": LABELS * torch.nan}, ValueError, r"labels takes 0 to 1, or -100.*; got nan at \(0, 0\)"),
-        ({"mask": torch.ones(2, 5)}, TypeError, r"mask takes a bool tensor.*\.bool\(\).*; got a torch.float32"),
+        ({"mask": torch.ones(2, 5)}, TypeError, r"mask takes a bool tensor.*mask == 1\).*; got a torch.float32"),
         ({"mask": torch.ones(3, 5).bool()}, ValueError, r"mask must broadcast to .*\(2, 5\); got .*\(3, 5\)"),
         ({"mask": torch.ones(1, 2, 5).bool()}, ValueError, r"mask must broadcast to .*\(1, 2, 5\)"),
         ({"mask": torch.ones(2, 5).bool().to("meta")}, ValueError, "mask must be on cpu"),

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -97,8 +98,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _known(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} takes one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"{source} takes one of {', '.join(map(repr, BACKENDS))}; got {reprlib.repr(name)}")
     return name
 
 

@@ -44,6 +44,8 @@ class _PointerHead(torch.nn.Module):
             self._require(_is_size(size), name, "an int of at least 1", size)
         self._require(head_size % 2 == 0 and head_size <= 256, "head_size", "an even int of at most 256", head_size)
         self._require(max_width is None or _is_size(max_width), "max_width", "an int of at least 1, or None", max_width)
+        for name, flag in {"rope": rope, "tril_mask": tril_mask}.items():
+            self._require(isinstance(flag, bool), name, "a bool", flag)
         self.hidden_size, self.heads, self.head_size = hidden_size, heads, head_size
         self.rope, self.tril_mask, self.max_width = rope, tril_mask, max_width
 
@@ -89,7 +91,8 @@ class _PointerHead(torch.nn.Module):
             spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``
                 makes them. One that is listed twice counts once, and one on an invalid cell leaves both terms.
             reduction: ``"none"`` gives ``[B, heads]``; ``"sum"``; ``"mean"`` over ``B * heads``.
-            span_labels: floating-point ``[S]``, in [0, 1]: soft labels of the spans, 1 by default.
+            span_labels: floating-point ``[S]``, in [0, 1]: soft labels of the spans, 1 by default; -100 leaves the cell
+                of a span out.
 
         Returns:
             float32, or float64 for float64 hidden states.
@@ -156,8 +159,11 @@ class _PointerHead(torch.nn.Module):
         op, takes = type(self).__name__, f"[B, N, {self.hidden_size}]"
         _checks.check_tensor(op, "hidden", hidden, f"a floating-point tensor {takes}", _checks.FLOATS)
         self._require(hidden.dim() == 3 and hidden.shape[-1] == self.hidden_size, "hidden", takes, hidden)
-        weights = next(self.parameters()).dtype
-        if weights in _checks.FLOATS and not torch.is_autocast_enabled(hidden.device.type):
+        # The layer knows: a replica of DataParallel and what FSDP1 flattened have no parameters, and the weight of a
+        # quantized layer is a method.
+        weight = getattr(next(self.children()), "weight", None)
+        weights = weight.dtype if isinstance(weight, torch.Tensor) else None
+        if weights in _checks.FLOATS and not _checks.in_autocast(hidden):
             self._require(hidden.dtype == weights, "hidden", f"{weights}, as the weights are, or autocast", hidden)
 
     def _require(self, condition: bool, name: str, takes: str, got: object) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from .. import backends
 
 REDUCTIONS = ("none", "sum", "mean")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -12,16 +18,32 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def describe(value: object) -> str:
-    """What an error says of an argument it refuses."""
-    if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    """What an error says of an argument it refuses, in one line however long the argument is."""
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
+    if value.is_nested:
+        return f"a nested {value.dtype} tensor on {value.device}"
+    layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+    return f"a {layout}{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
 
 
 def check_tensor(op: str, name: str, value: object, takes: str, dtypes: Sequence[torch.dtype]) -> None:
-    """Raises TypeError unless ``value`` is a tensor of one of ``dtypes``."""
+    """Raises TypeError unless ``value`` is a dense tensor of one of ``dtypes``."""
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} takes {takes}; got {describe(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        instead = "torch.nested.to_padded_tensor() and a mask make" if value.is_nested else "to_dense() makes"
+        raise TypeError(f"{op}: {name} takes {takes}; got {describe(value)}: {instead} a dense one")
+
+
+def can_look(values: torch.Tensor) -> bool:
+    """Whether to look at values costs nothing: on a GPU it is to wait for the stream, and done on demand."""
+    return values.device.type == "cpu" or (backends.CHECK_INDICES and values.device.type != "meta")
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} takes a bool; got {describe(value)}")
 
 
 def check_scores(op: str, scores: object, name: str = "scores") -> None:
@@ -46,7 +68,7 @@ def check_mask(op: str, mask: object, scores: torch.Tensor) -> torch.Tensor | No
     if mask is None:
         return None
     check_tensor(
-        op, "mask", mask, "a bool tensor, False where a cell is left out (of 0 and 1 use .bool())", [torch.bool]
+        op, "mask", mask, "a bool tensor, False where a cell is left out (of 0 and 1 use mask == 1)", [torch.bool]
     )
     assert isinstance(mask, torch.Tensor)
     check_device(op, "mask", mask, scores)
@@ -59,5 +81,54 @@ def check_mask(op: str, mask: object, scores: torch.Tensor) -> torch.Tensor | No
 
 
 def check_reduction(op: str, reduction: object) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction takes one of {', '.join(map(repr, REDUCTIONS))}; got {describe(reduction)}")
+
+
+def choose_backend(op: str, *tensors: torch.Tensor | None) -> str:
+    """The backend that serves a call; the first tensor decides, as the others are like it.
+
+    Raises:
+        RuntimeError: inside a transform that would give derivatives of 0, or an error from the depths of PyTorch.
+    """
+    backend = backends.choose(tensors[0])  # type: ignore[arg-type]
+    if backend == "reference":
+        return backend
+    if forward_ad._current_level >= 0 and _any_dual(tensors):
+        raise RuntimeError(
+            f"{op}: forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) are not supported; "
+            "flashpointer.use_backend('reference') has them"
+        )
+    if not torch.compiler.is_compiling() and any(map(_is_transformed, tensors)):
+        raise RuntimeError(
+            f"{op}: torch.func.grad, vjp, jacrev and hessian are not supported; "
+            "take torch.autograd.grad, or flashpointer.use_backend('reference')"
+        )
+    return backend
+
+
+def _any_dual(tensors: Sequence[torch.Tensor | None]) -> bool:
+    if torch.compiler.is_compiling():  # which cannot look
+        return True
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]
+
+
+def _is_transformed(x: torch.Tensor | None) -> bool:
+    return x is not None and torch._C._functorch.is_gradtrackingtensor(x)
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether it is one of many under vmap, or is_grads_batched, which is an older vmap."""
+    if torch.compiler.is_compiling():  # which cannot ask
+        return False
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def in_autocast(x: torch.Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # meta has none, and raises
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For what computes in float32, which autocast would round."""
+    return torch.autocast(x.device.type, enabled=False) if in_autocast(x) else contextlib.nullcontext()

@@ -1,25 +1,13 @@
-"""What the pointer ops share: their options, the checks of their arguments, one layout for both kinds of heads."""
+"""What the pointer ops share: the checks of their arguments, and one layout for both kinds of heads."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
+from ..problem import Problem
 from . import _checks
 
 Bias = torch.Tensor | None
-
-
-class Problem(NamedTuple):
-    """What stays the same from forward to backward, and from tile to tile: see ``pointer_scores``."""
-
-    mask: torch.Tensor | None
-    positions: torch.Tensor | None
-    rope: bool
-    tril_mask: bool
-    max_width: int | None
-    scale: float
 
 
 def check(
@@ -31,17 +19,21 @@ def check(
     *,
     mask: torch.Tensor | None,
     positions: torch.Tensor | None,
+    rope: bool,
+    tril_mask: bool,
     max_width: int | None,
     scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, Bias, Bias, torch.Tensor | None, int, float]:
-    """q, k, start and end in the dtype of autocast, the mask as bool, the number of heads, and the scale.
+) -> tuple[torch.Tensor, torch.Tensor, Bias, Bias, Problem, int]:
+    """q, k, start and end in the dtype of autocast, the problem, and the number of heads.
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
     """
     _checks.check_tensor(op, "q", q, "a floating-point tensor [B, N, D] or [B, H, N, D]", _checks.FLOATS)
     _checks.check_tensor(op, "k", k, "a floating-point tensor like q", _checks.FLOATS)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    for name, flag in (("rope", rope), ("tril_mask", tril_mask)):
+        _checks.check_flag(op, name, flag)
+    if q.dtype != torch.float64 and _checks.in_autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, start, end = (None if x is None else x.to(dtype) for x in (q, k, start, end))  # type: ignore[assignment]
     heads = _check_shapes(op, q, k, start, end)
@@ -51,7 +43,8 @@ def check(
         raise ValueError(f"{op}: max_width takes an int of at least 1, or None; got {_checks.describe(max_width)}")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale takes a number, or None; got {_checks.describe(scale)}")
-    return q, k, start, end, mask, heads, q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return q, k, start, end, Problem(mask, positions, rope, tril_mask, max_width, scale), heads
 
 
 def _check_shapes(
@@ -96,7 +89,22 @@ def _check_mask(op: str, mask: torch.Tensor | None, q: torch.Tensor) -> torch.Te
         takes = f"[B, N] = {(q.shape[0], q.shape[-2])}, to fit q of shape {tuple(q.shape)}"
         raise ValueError(f"{op}: mask must be {takes}; got {_checks.describe(mask)}")
     check_device(op, "mask", mask, q)
-    return mask if mask.dtype == torch.bool else mask != 0
+    if mask.dtype == torch.bool:
+        return mask
+    kept = mask == 1  # and nothing else: an additive mask, not looked at, must not keep the padding
+    if _checks.can_look(mask):
+        _check_mask_values(op, mask, kept | (mask == 0))
+    return kept
+
+
+def _check_mask_values(op: str, mask: torch.Tensor, right: torch.Tensor) -> None:
+    takes = f"{op}: mask takes 1 (or True) for a token to keep and 0 (or False) for padding"
+    hint = "Of an additive mask, 0 for a token to keep, mask == 0 makes one"
+    if torch.compiler.is_compiling():
+        torch._assert_async(right.all(), f"{takes}. {hint}")
+    elif not right.all():
+        where = tuple((~right).nonzero()[0].tolist())
+        raise ValueError(f"{takes}; got {mask[where].item()} at {where}. {hint}")
 
 
 def _check_positions(op: str, positions: torch.Tensor | None, q: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the ops on rows of scores share: their registration, shapes, reductions and stored gradients."""
+"""What the ops on rows of scores share: shapes, reductions and stored gradients."""
 
 from __future__ import annotations
 
@@ -9,29 +9,7 @@ from typing import Any
 import torch
 
 from .. import backends
-
-_library: Any = torch.library.Library("flashpointer", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def register(
-    schema: str,
-    compute: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-) -> Any:
-    """Registers ``flashpointer::<schema>`` for every device, and returns it.
-
-    This is the low-level interface of torch.library, at half the cost of a call of ``custom_op``: docs/performance.md
-    has the measured table.
-    """
-    name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flashpointer::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"flashpointer::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.flashpointer, name).default
+from ._register import refuse_second_derivative, register, wanted_again
 
 
 def fold(*tensors: torch.Tensor | None) -> list[Any]:
@@ -73,15 +51,6 @@ def grad_scales(scores: torch.Tensor, reduction: str) -> tuple[float, float]:
     """
     share = 1.0 / max(1, scores.shape[:-1].numel()) if reduction == "mean" else 1.0
     return (1.0, share) if scores.dtype == torch.float16 else (share, 1.0)
-
-
-def refuse_second_derivative(op: str) -> None:
-    """Called in backward, where gradients are recorded only if somebody means to differentiate them again."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op}: second derivatives are not supported (create_graph=True); "
-            "flashpointer.use_backend('reference') has them"
-        )
 
 
 # --- losses whose forward computes the gradient --------------------------------------------------------------------
@@ -130,14 +99,8 @@ def register_with_gradient(op: str, labels: str, extra: str, check: Callable[...
 def _stored_gradient(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
     """The saved gradient times the upstream one: in place, not at all where that is 1, if nobody asks for it again."""
     grad: torch.Tensor = ctx.saved_tensors[0]
-    if wanted_again(grad):
+    if wanted_again(grad, upstream):
         scaled: torch.Tensor = grad * (upstream * ctx.factor).unsqueeze(-1)
         return scaled.to(grad.dtype)
     backends.implementation("scale_rows", ctx.backend).scale_(grad, upstream, ctx.factor)
     return grad
-
-
-def wanted_again(grad: torch.Tensor) -> bool:
-    """Whether a backward with this gradient must leave as they are the tensors that forward saved."""
-    traced = type(grad) is not torch.Tensor  # by AOTAutograd, which takes no mutation here and fuses the product
-    return traced or torch._C._autograd._get_current_graph_task_keep_graph()

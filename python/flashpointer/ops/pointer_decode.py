@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from . import _checks, _pointer, _rows
+from ..problem import Problem
+from . import _checks, _pointer, _register
 
 OP = "pointer_decode"
 
@@ -37,7 +38,7 @@ def pointer_decode(
     The scores are not stored, and few are computed: where a bound shows that a block of cells of a head has nothing
     above the threshold, it is skipped. Memory is linear in the length of a sentence and in the number of spans. On a
     GPU it waits for the device once, to learn how many there are, and ``torch.compile`` breaks its graph for that. A
-    graph of ``torch.export`` holds it as one op.
+    graph of ``torch.export`` holds it as one op. On the meta device it finds nothing.
 
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
@@ -55,22 +56,24 @@ def pointer_decode(
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
+        RuntimeError: inside a transform of torch.func.
 
     References:
         arXiv:2208.03054, as for ``pointer_scores``; https://kexue.fm/archives/8373 (greedy flat decoding is usual).
     """
-    q, k, start, end, mask, heads, scale = _pointer.check(
-        OP, q, k, start, end, mask=mask, positions=positions, max_width=max_width, scale=scale
-    )
+    q, k, start, end, problem, heads = _pointer.check(
+        OP, q, k, start, end, mask=mask, positions=positions, rope=rope, tril_mask=tril_mask, max_width=max_width,
+        scale=scale,
+    )  # fmt: skip
     if not isinstance(threshold, (int, float)) or math.isnan(threshold):
         raise ValueError(f"{OP}: threshold takes a number; got {_checks.describe(threshold)}")
     for name, limit in (("top_k", top_k), ("max_spans", max_spans)):
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise ValueError(f"{OP}: {name} takes an int of at least 1, or None; got {_checks.describe(limit)}")
-    if not isinstance(non_overlapping, bool):
-        raise TypeError(f"{OP}: non_overlapping takes a bool; got {_checks.describe(non_overlapping)}")
-    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
-    options = (float(threshold), top_k, non_overlapping, max_spans, backends.choose(q))
+    _checks.check_flag(OP, "non_overlapping", non_overlapping)
+    if any(x is not None and _checks.is_batched(x) for x in (q, k, start, end)):
+        raise RuntimeError(f"{OP}: torch.func.vmap is not supported, for each sample has its own number of spans")
+    options = (float(threshold), top_k, non_overlapping, max_spans, _checks.choose_backend(OP, q, k, start, end))
     if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export traces
         q, k, start, end = (None if x is None else x.detach() for x in (q, k, start, end))  # type: ignore[assignment]
         spans, scores = _op(q, k, start, end, *problem, heads, *options)
@@ -78,16 +81,16 @@ def pointer_decode(
     # A graph breaks here, for how many spans there are is not known before. A decorator would import the compiler.
     decode = torch.compiler.disable(_decode) if torch.compiler.is_compiling() else _decode  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        return decode(q, k, start, end, heads, problem, *options)
+        return decode(q, k, start, end, problem, heads, *options)
 
 
 def _decode(
-    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, heads: int,
-    problem: _pointer.Problem, threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None,
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, problem: Problem,
+    heads: int, threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
-        cells, scores, count = _cells(q, k, start, end, heads, problem, threshold, max_spans, top_k, backend)
+    with _checks.without_autocast(q):
+        cells, scores, count = _cells(q, k, start, end, problem, heads, threshold, max_spans, top_k, backend)
     if count > len(cells):
         warnings.warn(
             f"{OP}: {count:,} spans are above the threshold {threshold:g}; the first {max_spans:,} are returned, as "
@@ -105,9 +108,11 @@ def _decode(
 
 
 def _cells(
-    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, heads: int,
-    problem: _pointer.Problem, threshold: float, max_spans: int | None, top_k: int | None, backend: str,
+    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, problem: Problem,
+    heads: int, threshold: float, max_spans: int | None, top_k: int | None, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
+    if q.device.type == "meta":  # which has shapes alone, and this one depends on values
+        return q.new_empty(0, dtype=torch.int64), q.new_empty(0), 0
     if backend == "reference":
         return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
     q, k = _pointer.per_head(q, k)
@@ -138,24 +143,14 @@ def _greedy(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 # --- registration, for torch.export ----------------------------------------------------------------------------------
 
 
-def _compute(
-    q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, mask: torch.Tensor | None,
-    positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None, scale: float, heads: int,
-    threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None, backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
-    return _decode(q, k, start, end, heads, problem, threshold, top_k, non_overlapping, max_spans, backend)
-
-
 def _fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     return q.new_empty((count, 4), dtype=torch.int64), q.new_empty(count)
 
 
-_op = _rows.register(
-    "pointer_decode(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor? mask, Tensor? positions, bool rope,"
-    " bool tril_mask, int? max_width, float scale, SymInt heads, float threshold, int? top_k, bool non_overlapping,"
-    " int? max_spans, str backend) -> (Tensor spans, Tensor scores)",
-    _compute,
+_op = _register.register_pointer_op(
+    "pointer_decode(Tensor q, Tensor k, Tensor? start, Tensor? end, Problem problem, SymInt heads, float threshold,"
+    " int? top_k, bool non_overlapping, int? max_spans, str backend) -> (Tensor spans, Tensor scores)",
+    _decode,
     _fake,
 )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from . import _checks, _pointer, _rows
+from ..problem import Problem
+from . import _checks, _pointer, _register, _rows
 
 OP = "pointer_loss"
 
@@ -43,8 +44,8 @@ def pointer_loss(
         spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``
             makes them. Of one that is listed twice only the first listing counts; one on an invalid cell leaves both
             terms, as its cell does.
-        span_labels: floating-point ``[S]``, in [0, 1]: the labels t of the spans, 1 by default. All other cells are 0:
-            smoothing the labels of those is not offered.
+        span_labels: floating-point ``[S]``, in [0, 1]: the labels t of the spans, 1 by default; -100 leaves the cell of
+            a span out of both terms. All other cells are 0: smoothing the labels of those is not offered.
         reduction: ``"none"`` gives ``[B, H]``; ``"sum"``; ``"mean"`` over ``B * H``, 0 over none.
 
     Returns:
@@ -54,40 +55,32 @@ def pointer_loss(
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a span outside
             ``[B, H, N, N]`` is dropped; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error there too.
-        RuntimeError: for second derivatives.
+        RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
     References:
         Su et al. 2022, *ZLPR: A Novel Loss for Multi-label Classification*, arXiv:2208.02955; *Global Pointer: Novel
         Efficient Span-based Approach for Named Entity Recognition*, arXiv:2208.03054.
     """
-    q, k, start, end, mask, heads, scale = _pointer.check(
-        OP, q, k, start, end, mask=mask, positions=positions, max_width=max_width, scale=scale
-    )
+    q, k, start, end, problem, heads = _pointer.check(
+        OP, q, k, start, end, mask=mask, positions=positions, rope=rope, tril_mask=tril_mask, max_width=max_width,
+        scale=scale,
+    )  # fmt: skip
     _check_spans(spans, span_labels, q)
     _checks.check_reduction(OP, reduction)
-    backend = backends.choose(q)
+    if any(x is not None and _checks.is_batched(x) for x in (q, k, start, end, spans, span_labels)):
+        raise RuntimeError(f"{OP}: torch.func.vmap is not supported; q and k have a dimension for a batch")
+    backend = _checks.choose_backend(OP, q, k, start, end)
     if backend == "reference":
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(spans, span_labels, q, heads)
-        return reference.pointer_loss(
-            q, k, spans, start, end, mask=mask, rope=rope, tril_mask=tril_mask, max_width=max_width, scale=scale,
-            positions=positions, span_labels=span_labels, reduction=reduction,
-        )  # fmt: skip
-    arguments = (
-        q, k, start, end, spans, span_labels, mask, positions, rope, tril_mask, max_width, scale, heads, reduction,
-    )  # fmt: skip
-    loss: torch.Tensor
+        options: dict[str, Any] = {"span_labels": span_labels, "reduction": reduction}
+        return reference.pointer_loss(q, k, spans, start, end, **problem._asdict(), **options)
+    arguments = (q, k, start, end, spans, span_labels, *problem, heads, reduction)
     # Where one upstream gradient scales them all, forward can compute the gradients: on tiles, which have cells at hand
     # and compute in float32. Kernels keep no cell, and a gradient in float16 underflows before AMP has scaled it.
-    if backend == "tiled" and reduction != "none" and _wants_gradient(q, k, start, end):
-        loss = _op_with_gradient(*arguments)[0]
-    else:
-        loss = _op(*arguments, backend)[0]
+    at_once = backend == "tiled" and reduction != "none" and _register.wants_gradient(q, k, start, end)
+    loss: torch.Tensor = _op_with_gradient(*arguments)[0] if at_once else _op(*arguments, backend)[0]
     return loss
-
-
-def _wants_gradient(*inputs: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _check_spans(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor) -> None:
@@ -107,7 +100,7 @@ def _check_spans(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch
 
 def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor, heads: int) -> None:
     """Raises ValueError for a span or label out of range; on a GPU, where to look is to wait, on demand."""
-    if spans.numel() == 0 or (spans.device.type != "cpu" and not backends.CHECK_INDICES):
+    if spans.numel() == 0 or not _checks.can_look(spans):
         return
     sizes = (q.shape[0], heads, q.shape[-2], q.shape[-2])
     least, most = (x.tolist() for x in spans.aminmax(dim=0))
@@ -118,10 +111,11 @@ def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torc
             f"at {where}"
         )
     if span_labels is not None:
-        wrong = ~((span_labels >= 0) & (span_labels <= 1))
+        wrong = ~(((span_labels >= 0) & (span_labels <= 1)) | (span_labels == -100))
         if wrong.any():
             where = int(wrong.nonzero()[0])
-            raise ValueError(f"{OP}: span_labels takes 0 to 1; got {span_labels[where].item()} at {where}")
+            takes = "0 to 1, or -100 for a cell to leave out"
+            raise ValueError(f"{OP}: span_labels takes {takes}; got {span_labels[where].item()} at {where}")
 
 
 # --- registration --------------------------------------------------------------------------------------------------
@@ -129,113 +123,93 @@ def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torc
 
 def _compute(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
-    span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
-    tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str, backend: str,
+    span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str, backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     _check_values(spans, span_labels, q, heads)
-    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
-    module = backends.implementation(OP, backend)
-    with torch.autocast(q.device.type, enabled=False):  # which would round what the tiles compute in float32
-        losses, saved = module.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem)
-    return _rows.reduce(losses, losses.shape, reduction), list(saved[:1] if backend == "triton" else saved)
+    losses, saved = backends.implementation(OP, backend).forward(
+        *_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem
+    )
+    return _rows.reduce(losses, losses.shape, reduction), list(saved.tensors())
 
 
 def _fake(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
-    span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
-    tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str, backend: str,
+    span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str, backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
-    batch, own_heads, length, size = _pointer.per_head(q)[0].shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    loss = q.new_empty((batch, heads) if reduction == "none" else (), dtype=dtype)
-    if backend == "triton":
-        shape = (batch, own_heads, length, size, heads, spans.shape[0])
-        workspace = backends.implementation(OP, backend).saved_shape(shape, q.dtype)
-        return loss, [q.new_empty(workspace, dtype=torch.uint8)]
-    vectors, of_heads, listed = (
-        ((batch, own_heads, length, size), dtype),
-        ((batch, heads, length), dtype),
-        spans.shape[:1],
-    )
-    saved = {
-        "q": vectors,
-        "k": vectors,
-        "exponents": of_heads,
-        "values": of_heads,
-        "pivots": ((batch, own_heads, length), dtype),
-        "rows": of_heads,
-        "log_sums": ((2, batch, heads), dtype),
-        "cells": (listed, torch.int64),
-        "labels": ((2, *listed), dtype),
-    }
-    return loss, [q.new_empty(shape, dtype=dtype) for shape, dtype in saved.values()]
+    loss = q.new_empty((len(q), heads) if reduction == "none" else (), dtype=_loss_dtype(q))
+    saved = backends.implementation(OP, backend).empty_saved(_shape(q, heads, spans), q)
+    return loss, list(saved.tensors())
+
+
+def _loss_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _shape(q: torch.Tensor, heads: int, spans: torch.Tensor) -> tuple[int, ...]:
+    """B, own heads or 1, N, D, H, S: what every size follows from."""
+    return (*_pointer.per_head(q)[0].shape, heads, len(spans))
 
 
 def _share(reduction: str, planes: torch.Size) -> float:
     return 1.0 / max(1, planes.numel()) if reduction == "mean" else 1.0
 
 
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, list[torch.Tensor]]
+) -> tuple[torch.Tensor | None, ...]:
+    q, _, start, end, spans, _, _, heads, ctx.reduction, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1])
+    ctx.shape, ctx.of_q, ctx.dtype = _shape(q, heads, spans), q.shape, q.dtype
+    return start, end, *output[1]
+
+
+def _backward(ctx: Any, upstream: torch.Tensor, problem: Problem, saved: list[torch.Tensor]) -> Any:
+    _refuse_many(upstream)
+    start, end, *tensors = saved
+    options = (ctx.shape, ctx.reduction, ctx.dtype, ctx.backend)
+    d_q, d_k, d_start, d_end = _op_backward(upstream, tensors, start, end, *problem, *options)
+    return d_q.view(ctx.of_q), d_k.view(ctx.of_q), d_start, d_end
+
+
+def _refuse_many(upstream: torch.Tensor) -> None:
+    if _checks.is_batched(upstream):
+        raise RuntimeError(f"{OP}: many upstream gradients at once (is_grads_batched, vectorize) are not supported")
+
+
 def _compute_backward(
     upstream: torch.Tensor, saved: list[torch.Tensor], start: torch.Tensor | None, end: torch.Tensor | None,
-    mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None,
-    scale: float, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
-    module = backends.implementation(OP, backend)
-    planes = torch.Size((shape[0], shape[4]))
-    kept = module.Saved(*saved, tuple(shape)) if backend == "triton" else module.Saved(*saved)
-    with torch.autocast(upstream.device.type, enabled=False):
-        grads = module.backward(upstream.expand(planes), _share(reduction, planes), kept, start, end, dtype, problem)
-    d_q, d_k, d_start, d_end = grads
-    return d_q, d_k, d_start, d_end
+    problem: Problem, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    module, planes = backends.implementation(OP, backend), torch.Size((shape[0], shape[4]))
+    kept = module.Saved(*saved, tuple(shape))
+    grads: tuple[torch.Tensor, ...] = module.backward(
+        upstream.expand(planes), _share(reduction, planes), kept, start, end, dtype, problem
+    )
+    return grads
 
 
 def _fake_backward(
     upstream: torch.Tensor, saved: list[torch.Tensor], start: torch.Tensor | None, end: torch.Tensor | None,
-    mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool, tril_mask: bool, max_width: int | None,
-    scale: float, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    problem: Problem, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     batch, own_heads, length, size, heads, _ = shape
-    d_q, d_k = (upstream.new_empty((batch, own_heads, length, size), dtype=dtype) for _ in range(2))
-    d_start, d_end = (upstream.new_empty((batch, heads, length), dtype=dtype) for _ in range(2))
-    return d_q, d_k, d_start, d_end
+    vectors, biases = (batch, own_heads, length, size), (batch, heads, length)
+    return tuple(upstream.new_empty(of, dtype=dtype) for of in (vectors, vectors, biases, biases))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    q, _, start, end, spans, _, mask, positions, *options = inputs
-    *problem, heads, reduction, backend = options
-    ctx.mark_non_differentiable(*output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(start, end, mask, positions, *output[1])
-    shape = [*_pointer.per_head(q)[0].shape, heads, spans.shape[0]]
-    ctx.shared, ctx.options = q.dim() == 3, (*problem, shape, reduction, q.dtype, backend)
-
-
-def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    _rows.refuse_second_derivative(OP)
-    if upstream is None:
-        return (None,) * 15
-    start, end, mask, positions, *saved = ctx.saved_tensors
-    grads = _op_backward(upstream, saved, start, end, mask, positions, *ctx.options)
-    d_q, d_k = (x.squeeze(1) if ctx.shared else x for x in grads[:2])
-    needed = zip((d_q, d_k, *grads[2:]), ctx.needs_input_grad[:4], strict=True)
-    return (*(grad if need else None for grad, need in needed), *(None,) * 11)
-
-
-_op_backward = _rows.register(
-    "pointer_loss_backward(Tensor upstream, Tensor[] saved, Tensor? start, Tensor? end, Tensor? mask,"
-    " Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, SymInt[] shape, str reduction,"
-    " ScalarType dtype, str backend) -> (Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
+_op_backward = _register.register_pointer_op(
+    "pointer_loss_backward(Tensor upstream, Tensor[] saved, Tensor? start, Tensor? end, Problem problem,"
+    " SymInt[] shape, str reduction, ScalarType dtype, str backend)"
+    " -> (Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
     _compute_backward,
     _fake_backward,
 )
-_op = _rows.register(
-    "pointer_loss(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor spans, Tensor? span_labels, Tensor? mask,"
-    " Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, SymInt heads, str reduction,"
-    " str backend) -> (Tensor loss, Tensor[] saved)",
+_op = _register.register_pointer_op(
+    "pointer_loss(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor spans, Tensor? span_labels, Problem problem,"
+    " SymInt heads, str reduction, str backend) -> (Tensor loss, Tensor[] saved)",
     _compute,
     _fake,
-    _setup_context,
+    _save,
     _backward,
 )
 
@@ -245,53 +219,44 @@ _op = _rows.register(
 
 def _compute_with_gradient(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
-    span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
-    tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str,
+    span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     _check_values(spans, span_labels, q, heads)
-    problem = _pointer.Problem(mask, positions, rope, tril_mask, max_width, scale)
     tiled = backends.implementation(OP, "tiled")
     kept = tiled.Kept(tiled.KEPT)
-    with torch.autocast(q.device.type, enabled=False):
-        losses, saved = tiled.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem, kept)
-        upstream, share = losses.new_ones(()).expand_as(losses), _share(reduction, losses.shape)
-        d_q, d_k, d_start, d_end = tiled.backward(upstream, share, saved, start, end, losses.dtype, problem, kept)
+    losses, saved = tiled.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem, kept)
+    upstream, share = losses.new_ones(()).expand_as(losses), _share(reduction, losses.shape)
+    d_q, d_k, d_start, d_end = tiled.backward(upstream, share, saved, start, end, losses.dtype, problem, kept)
     return _rows.reduce(losses, losses.shape, reduction), d_q.view(q.shape), d_k.view(q.shape), d_start, d_end
 
 
 def _fake_with_gradient(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
-    span_labels: torch.Tensor | None, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool,
-    tril_mask: bool, max_width: int | None, scale: float, heads: int, reduction: str,
+    span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    of_heads = (len(q), heads, q.shape[-2])
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return tuple(q.new_empty(shape, dtype=dtype) for shape in ((), q.shape, q.shape, of_heads, of_heads))
+    biases = (len(q), heads, q.shape[-2])
+    return tuple(q.new_empty(of, dtype=_loss_dtype(q)) for of in ((), q.shape, q.shape, biases, biases))
 
 
-def _setup_context_with_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
     ctx.dtype = inputs[0].dtype
+    return output[1:]
 
 
-def _backward_with_gradient(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    _rows.refuse_second_derivative(OP)
-    if upstream is None:
-        return (None,) * 14
-    grads = ctx.saved_tensors
-    scale = torch.Tensor.mul if _rows.wanted_again(grads[0]) else torch.Tensor.mul_
-    needed = zip(grads, ctx.needs_input_grad[:4], strict=True)
-    return (*(scale(grad, upstream).to(ctx.dtype) if need else None for grad, need in needed), *(None,) * 10)
+def _scale_gradients(ctx: Any, upstream: torch.Tensor, problem: Problem, saved: list[torch.Tensor]) -> Any:
+    _refuse_many(upstream)
+    scale = torch.Tensor.mul if _register.wanted_again(saved[0], upstream) else torch.Tensor.mul_
+    needed = zip(saved, ctx.needs_input_grad, strict=False)
+    return [scale(grad, upstream).to(ctx.dtype) if need else None for grad, need in needed]
 
 
-_op_with_gradient = _rows.register(
+_op_with_gradient = _register.register_pointer_op(
     "pointer_loss_with_gradient(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor spans, Tensor? span_labels,"
-    " Tensor? mask, Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale, SymInt heads,"
-    " str reduction) -> (Tensor loss, Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
+    " Problem problem, SymInt heads, str reduction)"
+    " -> (Tensor loss, Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
     _compute_with_gradient,
     _fake_with_gradient,
-    _setup_context_with_gradient,
-    _backward_with_gradient,
+    _save_gradients,
+    _scale_gradients,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import backends, reference
-from . import _checks, _rows
+from .. import reference
+from . import _checks, _register, _rows
 
 OP = "sparse_zlpr_loss"
 
@@ -37,7 +37,7 @@ def sparse_zlpr_loss(
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU an index beyond the last
             class is dropped; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error there too.
-        RuntimeError: for second derivatives.
+        RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
     References:
         Su et al. 2022, *ZLPR: A Novel Loss for Multi-label Classification*, arXiv:2208.02955.
@@ -54,19 +54,19 @@ def sparse_zlpr_loss(
     _checks.check_reduction(OP, reduction)
     if not isinstance(ignore_index, int):
         raise TypeError(f"{OP}: ignore_index takes an int; got {_checks.describe(ignore_index)}")
-    backend = backends.choose(scores)
+    backend = _checks.choose_backend(OP, scores)
     if backend == "reference":
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(scores, positives, mask, ignore_index)
         return reference.sparse_zlpr_loss(scores, positives, mask, reduction, ignore_index)
-    with_grad = scores.requires_grad and torch.is_grad_enabled()
+    with_grad = _register.wants_gradient(scores)
     loss: torch.Tensor = _op(scores, positives, mask, reduction, with_grad, backend, ignore_index)[0]
     return loss
 
 
 def _check_values(scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int) -> None:
     """Raises ValueError for an index beyond the last class; on a GPU, where to look is to wait, on demand."""
-    if positives.numel() == 0 or (positives.device.type != "cpu" and not backends.CHECK_INDICES):
+    if positives.numel() == 0 or not _checks.can_look(positives):
         return
     classes = scores.shape[-1]
     if positives.max() < classes:

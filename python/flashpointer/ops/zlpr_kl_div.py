@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from . import _checks, _rows
+from . import _checks, _register, _rows
 
 OP = "zlpr_kl_div"
 
@@ -37,7 +37,7 @@ def zlpr_kl_div(
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
-        RuntimeError: for second derivatives.
+        RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
     References:
         https://kexue.fm/archives/9039
@@ -50,7 +50,7 @@ def zlpr_kl_div(
     _checks.check_device(OP, "other", other, scores)
     mask = _checks.check_mask(OP, mask, scores)
     _checks.check_reduction(OP, reduction)
-    backend = backends.choose(scores)
+    backend = _checks.choose_backend(OP, scores, other)
     if backend == "reference":
         return reference.zlpr_kl_div(scores, other, mask, reduction)
     loss: torch.Tensor = _op(scores, other, mask, reduction, backend)
@@ -93,7 +93,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    _rows.refuse_second_derivative(OP)
+    _register.refuse_second_derivative(OP)
     need_scores, need_other = ctx.needs_input_grad[:2]
     if upstream is None:
         return None, None, None, None, None
@@ -103,13 +103,13 @@ def _backward(ctx: Any, upstream: torch.Tensor | None) -> tuple[torch.Tensor | N
     return grad_scores if need_scores else None, grad_other if need_other else None, None, None, None
 
 
-_op_backward = _rows.register(
+_op_backward = _register.register(
     "zlpr_kl_div_backward(Tensor scores, Tensor other, Tensor? mask, Tensor upstream, str reduction, bool need_scores,"
     " bool need_other, str backend) -> (Tensor grad_scores, Tensor grad_other)",
     _compute_backward,
     _fake_backward,
 )
-_op = _rows.register(
+_op = _register.register(
     "zlpr_kl_div(Tensor scores, Tensor other, Tensor? mask, str reduction, str backend) -> Tensor",
     _compute,
     lambda scores, other, mask, reduction, backend: _rows.fake_loss(scores, reduction),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import backends, reference
-from . import _checks, _rows
+from .. import reference
+from . import _checks, _register, _rows
 
 OP = "zlpr_loss"
 
@@ -42,7 +42,7 @@ def zlpr_loss(
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a label that is none
             makes the loss of its row NaN; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error.
-        RuntimeError: for second derivatives.
+        RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
     References:
         Su et al. 2022, *ZLPR: A Novel Loss for Multi-label Classification*, arXiv:2208.02955. Soft labels:
@@ -64,21 +64,19 @@ def zlpr_loss(
     _checks.check_no_grad(OP, "labels", labels, "use labels.detach()")
     mask = _checks.check_mask(OP, mask, scores)
     _checks.check_reduction(OP, reduction)
-    backend = backends.choose(scores)
+    backend = _checks.choose_backend(OP, scores)
     if backend == "reference":
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(scores, labels, mask)
         return reference.zlpr_loss(scores, labels, mask, reduction)
-    with_grad = scores.requires_grad and torch.is_grad_enabled()
+    with_grad = _register.wants_gradient(scores)
     loss: torch.Tensor = _op(scores, labels, mask, reduction, with_grad, backend)[0]
     return loss
 
 
 def _check_values(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Raises ValueError for a label outside [0, 1] that is not -100; on a GPU, where to look is to wait, on demand."""
-    if labels.dtype == torch.bool or labels.numel() == 0:
-        return
-    if labels.device.type != "cpu" and not backends.CHECK_INDICES:
+    if labels.dtype == torch.bool or labels.numel() == 0 or not _checks.can_look(labels):
         return
     least, most = torch.aminmax(labels)
     if least >= 0 and most <= 1:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..ops._pointer import Problem
+from ..problem import Problem
 
 Tile = tuple[slice, slice, slice, torch.Tensor | None]
 """Groups, start tokens, end tokens, and what triangle and band make of the first columns: None if they rule out

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from ..ops._pointer import Problem
+from ..problem import Problem
 from ._tiles import computing_dtype
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from ..ops._pointer import Problem
+from ..problem import Problem
 from ._cells import biases, penalties, tiles
 from ._rotary import rotated
 from ._tiles import TILE

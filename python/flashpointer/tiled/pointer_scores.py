@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..ops._pointer import Problem
+from ..problem import Problem
 from ._cells import CornerOf, Tile, biases, factors, invalid_cells, penalties, tiles
 from ._rotary import rotated, rotated_back
 from ._tiles import TILE

@@ -1,7 +1,8 @@
 """The ZLPR loss of each row, and its gradient in the same pass: ``kernels/zlpr_loss.py`` has the mathematics.
 
-Where every score of a tile lies within +-60 (the rule on a CPU, which can look), no pivot is needed: exp overflows
-nowhere, exp(-s) is 1 / exp(s), and whatever underflows is nothing beside the 1 inside the logarithm.
+Where every score of a tile lies within +-60 (the rule on a CPU, which can look), no pivot is needed, and so no
+logarithm of a label: exp overflows nowhere, exp(-s) is 1 / exp(s), and whatever underflows is nothing beside the 1
+inside the logarithm.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LabelReader = Callable[[int, slice, slice, torch.Tensor], None]
 
 
 class Terms(NamedTuple):
-    """A tile's weighted exponentials e [rows, columns] under the pivots m [rows, 1] of its rows; None stands for 0."""
+    """A tile's exponentials e [rows, columns] under the pivots m [rows, 1] of its rows; None stands for 0."""
 
     m_n: torch.Tensor | None
     e_n: torch.Tensor
@@ -109,10 +110,10 @@ def tile_terms(
         return Terms(None, n.mul_(u), None, p.div_(u))
     ignored = (p == -100) | (s == -torch.inf)
     left_out = ignored if left_out is None else left_out | ignored
-    p.masked_fill_((p < 0) | (p > 1), torch.nan).masked_fill_(left_out, 0.0)
-    torch.sub(1.0, p, out=n).masked_fill_(left_out, 0.0)
-    s = s.masked_fill(left_out, 0.0)
-    return Terms(*_pivoted(s, n), *_pivoted(-s, p))
+    s = s.masked_fill(((p < 0) | (p > 1)) & ~left_out, torch.nan)  # a label of NaN makes a NaN by itself
+    torch.neg(p, out=n).log1p_().add_(s).masked_fill_(left_out | (p == 1), -torch.inf)  # inf + log 0 is NaN
+    p.log_().sub_(s).masked_fill_(left_out, -torch.inf)
+    return Terms(*_pivoted(n), *_pivoted(p))
 
 
 def _within(x: torch.Tensor, low: float, high: float) -> bool:
@@ -122,12 +123,10 @@ def _within(x: torch.Tensor, low: float, high: float) -> bool:
     return bool((least >= low) & (most <= high))  # False for a NaN
 
 
-def _pivoted(exponents: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(m, weights * exp(exponents - m)), exactly 0 where the weight is; exp(inf - m) is inf, never NaN."""
-    exponents = exponents.masked_fill(weights == 0, -torch.inf)
-    m = exponents.amax(-1, keepdim=True).clamp(0.0, torch.finfo(exponents.dtype).max)
-    e = weights.mul_(torch.exp(exponents - m))
-    return m, e.masked_fill_(exponents == -torch.inf, 0.0)
+def _pivoted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(m, exp(x - m)), in the place of x; exp(inf - m) is inf, never NaN."""
+    m = x.amax(-1, keepdim=True).clamp_(0.0, torch.finfo(x.dtype).max)
+    return m, x.sub_(m).exp_()
 
 
 class LogSum:

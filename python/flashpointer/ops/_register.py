@@ -1,0 +1,108 @@
+"""How an op becomes one of PyTorch's: its schema, what computes it, its shapes, its derivative.
+
+An op is what ``torch.compile``, ``torch.export``, autograd and checkpointing see of a computation. By the low-level
+interface of torch.library, at half the cost of a call of ``custom_op``: docs/performance.md has the measured table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..problem import SCHEMA, Problem
+from . import _checks
+
+_library: Any = torch.library.Library("flashpointer", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def register(
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Registers ``flashpointer::<schema>`` for every device, and returns it."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashpointer::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"flashpointer::{name}", backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.flashpointer, name).default
+
+
+def register_pointer_op(
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., tuple[torch.Tensor | None, ...]] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Registers an op on q and k, in whose schema ``Problem problem`` stands for the fields of one.
+
+    The op is called with the fields, ``op(q, k, *problem)``; ``compute`` and ``fake`` get a Problem in their place, and
+    compute runs without autocast, which would round what the tiles compute in float32.
+
+    Args:
+        save: (ctx, inputs, outputs) to the tensors that backward needs; it may leave other things on ctx.
+        backward: (ctx, upstream, problem, tensors saved) to the gradients of the first arguments, of which those that
+            nobody needs are dropped. upstream is that of the first output: the only one that has a gradient.
+    """
+    name, arguments = schema[: schema.index("(")], schema[schema.index("(") + 1 : schema.index(")")].split(", ")
+    place, fields = arguments.index("Problem problem"), len(Problem._fields)
+
+    def pack(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        behind = place + fields
+        return (*arguments[:place], Problem(*arguments[place:behind]), *arguments[behind:])
+
+    def packed_compute(*arguments: Any) -> Any:
+        with _checks.without_autocast(arguments[0]):
+            return compute(*pack(arguments))
+
+    def packed_fake(*arguments: Any) -> Any:
+        return fake(*pack(arguments))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        assert save is not None
+        inputs = pack(inputs)
+        problem: Problem = inputs[place]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(problem.mask, problem.positions, *save(ctx, inputs, output))
+        ctx.problem = problem._replace(mask=None, positions=None)
+
+    def padded_backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        assert backward is not None
+        refuse_second_derivative(name.removesuffix("_with_gradient"))  # which is not what the user called
+        nothing = (None,) * (len(arguments) - 1 + fields)
+        if upstream is None:
+            return nothing
+        mask, positions, *saved = ctx.saved_tensors
+        grads = backward(ctx, upstream, ctx.problem._replace(mask=mask, positions=positions), saved)
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return (*(grad if need else None for grad, need in needed), *nothing[len(grads) :])
+
+    schema = schema.replace("Problem problem", SCHEMA)
+    return register(schema, packed_compute, packed_fake, setup_context, None if backward is None else padded_backward)
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Called in backward, where gradients are recorded only if somebody means to differentiate them again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: second derivatives are not supported (create_graph=True); "
+            "flashpointer.use_backend('reference') has them"
+        )
+
+
+def wants_gradient(*inputs: torch.Tensor | None) -> bool:
+    """Whether forward should compute a gradient. What vmap batches does not tell whether it requires one."""
+    return torch.is_grad_enabled() and any(x is not None and (x.requires_grad or _checks.is_batched(x)) for x in inputs)
+
+
+def wanted_again(grad: torch.Tensor, upstream: torch.Tensor) -> bool:
+    """Whether a backward must leave as it is a gradient that forward saved."""
+    traced = type(grad) is not torch.Tensor  # by AOTAutograd, which takes no mutation here and fuses the product
+    return traced or _checks.is_batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph()

@@ -1,0 +1,16 @@
+"""Span tensors: what ``pointer_loss`` takes for labels and ``pointer_decode`` gives back.
+
+int64 ``[S, 4]``, a row (batch, head, start, end) for each span, end inclusive, in any order; a row that is listed twice
+counts once. A batch of 16 sentences takes a few hundred bytes, where its dense labels take megabytes. ::
+
+    spans = from_lists([[("PER", 0, 1), ("LOC", 4, 4)], []], heads=["PER", "LOC"])
+    # [[0, 0, 0, 1],
+    #  [0, 1, 4, 4]]
+"""
+
+from ._read import Heads
+from .dense import from_dense, from_padded, to_dense
+from .lists import collate, from_lists
+from .offsets import FromOffsets, from_offsets
+
+__all__ = ["FromOffsets", "Heads", "collate", "from_dense", "from_lists", "from_offsets", "from_padded", "to_dense"]
