@@ -61,6 +61,42 @@ def test_every_option(op: str, wrong: str) -> None:
         assert len(message) < 300
 
 
+LISTS = [[("PER", 0, 1)]]
+STATE = fp.nn.EfficientGlobalPointer(8, 3, 4).state_dict()
+SIZES = {"heads": 3, "head_size": 4}
+CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "GlobalPointer": (fp.nn.GlobalPointer, {"hidden_size": 8, "heads": 3}),
+    "EfficientGlobalPointer": (fp.nn.EfficientGlobalPointer, {"hidden_size": 8, "heads": 3}),
+    "ZLPRLoss": (fp.nn.ZLPRLoss, {}),
+    "from_lists": (fp.spans.from_lists, {"sentences": LISTS, "heads": ["PER"]}),
+    "from_offsets": (fp.spans.from_offsets, {"sentences": LISTS, "offset_mapping": [[(0, 2)]], "heads": ["PER"]}),
+    "from_dense": (fp.spans.from_dense, {"labels": torch.ones(1, 1, 2, 2)}),
+    "to_dense": (fp.spans.to_dense, {"spans": torch.zeros(1, 4).long(), "batch": 1, "heads": 1, "length": 1}),
+    "from_padded": (fp.spans.from_padded, {"labels": torch.zeros(1, 1, 1, 2).long()}),
+    "collate": (fp.spans.collate, {"examples": [{"input_ids": [1, 2], "spans": []}], "heads": ["PER"]}),
+    "to_flashpointer": (fp.convert.to_flashpointer, {"state_dict": STATE, "layout": "keras", **SIZES}),
+    "from_flashpointer": (fp.convert.from_flashpointer, {"state_dict": STATE, "layout": "keras", **SIZES}),
+    "use_backend": (lambda name: fp.use_backend(name).__enter__(), {"name": "tiled"}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", CALLABLES)
+def test_every_argument_of_what_else_there_is(name: str, wrong: str) -> None:
+    function, right = CALLABLES[name]
+    of_lists = ("sentences", "examples", "heads", "lengths", "texts", "offset_mapping")
+    for argument in inspect.signature(function).parameters:
+        if (wrong == "a long list" and argument in of_lists) or (wrong == "a long string" and argument == "prefix"):
+            continue  # which may be right
+        with pytest.raises((TypeError, ValueError)) as caught:
+            function(**{**right, argument: WRONG[wrong]})
+        message = str(caught.value)
+        assert message.startswith(name), message
+        assert argument.removesuffix("s") in message or name == "use_backend", message
+        assert "\n" not in message
+        assert len(message) < 300, message
+
+
 def test_a_sparse_or_nested_tensor_is_told_what_to_become() -> None:
     inputs = problem("zlpr_loss")
     assert refused("zlpr_loss", {**inputs, "scores": WRONG["a sparse tensor"]}).endswith("to_dense() makes a dense one")
@@ -78,7 +114,7 @@ def test_the_meta_device_has_the_shapes(op: str, backend: str | None) -> None:
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     with fp.use_backend(backend or "tiled"):
         if op == "pointer_decode":  # how many there are depends on values
-            spans, scores = fp.pointer_decode(**on_meta)
+            spans, scores = fp.pointer_decode(**on_meta, non_overlapping=True)
             assert spans.shape == (0, 4) and spans.dtype == torch.int64
             assert scores.shape == (0,) and scores.dtype == inputs["q"].dtype
             return

@@ -7,6 +7,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flashpointer as fp
 from flashpointer import backends
@@ -90,5 +92,32 @@ def test_a_compiled_model_raises_too(op: str) -> None:
     inputs = problem(op, "cpu")
     compiled = torch.compile(lambda mask: evaluate(op, {**inputs, "mask": mask}), fullgraph=True)
     assert torch.equal(compiled(inputs["mask"].float()), evaluate(op, inputs))
-    with pytest.raises(RuntimeError, match=f"{op}: mask takes 1"):
+    with pytest.raises(ValueError, match=f"{op}: mask takes 1"):
         compiled(additive(inputs["mask"], -torch.inf))
+
+
+@every_pointer_op
+def test_where_there_are_no_values_nobody_looks(place: Place, op: str) -> None:
+    """Masks of integers, as tokenizers give them, in tracers, under vmap and on the meta device."""
+    inputs = problem(op, place.device)
+    inputs["mask"] = inputs["mask"].long()
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    evaluate(op, on_meta)
+    if op == "pointer_decode":
+        return
+    names = [name for name, x in inputs.items() if isinstance(x, torch.Tensor)]
+
+    def of_tensors(*tensors: torch.Tensor) -> torch.Tensor:
+        return evaluate(op, {**inputs, **dict(zip(names, tensors, strict=True))})
+
+    expected = evaluate(op, inputs)
+    tensors = [inputs[name] for name in names]
+    with FakeTensorMode() as mode:
+        assert of_tensors(*map(mode.from_tensor, tensors)).shape == expected.shape
+    for mode in ("real", "fake", "symbolic"):
+        traced = make_fx(of_tensors, tracing_mode=mode, _allow_non_fake_inputs=True)(*tensors)
+        assert torch.equal(traced(*tensors), expected)
+    if op == "pointer_scores":
+        masks = torch.stack([inputs["mask"], torch.ones_like(inputs["mask"])])
+        many = torch.func.vmap(lambda mask: evaluate(op, {**inputs, "mask": mask}))(masks)
+        assert torch.equal(many, torch.stack([evaluate(op, {**inputs, "mask": mask}) for mask in masks]))

@@ -501,3 +501,15 @@ def test_errors(arguments: dict[str, Any], error: type[Exception], message: str)
 def test_an_error_says_which_ends_the_data_seems_to_mean(start: int, last: int, end: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^from_offsets: sentence 0 takes spans with {message}"):
         spans.from_offsets([[("PER", start, last)]], [PIECES], HEADS, texts=[WORDS], end=end)
+
+
+def test_words_of_one_character_each_are_not_one_text() -> None:
+    """The usual form of Chinese data, split beforehand: every token is at (0, 1)."""
+    entities, mapping = [[("PER", 0, 1)]], [[(0, 0), *[(0, 1)] * 6, (0, 0)]]
+    with pytest.raises(ValueError, match=r"got \(0, 1\) for 5 tokens on end, up to token 5\. Words split beforehand"):
+        spans.from_offsets(entities, mapping, ["PER"], texts=["\u6211\u5728\u5317\u4eac\u5de5\u4f5c"])
+    with pytest.raises(ValueError, match="for 19 tokens on end"):
+        spans.from_offsets(entities, [[(0, 1)] * 20], ["PER"])
+    # The bytes of an emoji are one character's.
+    found = spans.from_offsets(entities, [[(0, 1)] * 4], ["PER"], texts=["\U0001f600"])
+    assert found.spans.tolist() == [[0, 0, 0, 3]]

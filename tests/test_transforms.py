@@ -134,3 +134,26 @@ def test_decode_refuses_what_it_cannot_do(place: Place) -> None:
     ):
         with pytest.raises(RuntimeError, match=f"^pointer_decode: {message}"):
             transform(decode)(q)
+
+
+@pytest.mark.parametrize("op, name", [("zlpr_loss", "labels"), ("pointer_loss", "span_labels")])
+@pytest.mark.parametrize("derivative", [by_jvp, by_dual_numbers])
+def test_labels_have_no_derivative_either_way(place: Place, op: str, name: str, derivative: Any) -> None:
+    inputs = any_problem(op, device=place.device)
+    labels = torch.rand_like(inputs["scores"]) if op == "zlpr_loss" else torch.rand(5, device=place.device)
+    with pytest.raises(RuntimeError, match=f"^{op}: forward-mode derivatives"):
+        derivative(lambda x: value_of(op, {**inputs, name: x}).sum(), labels)
+    with pytest.raises(ValueError, match=f"{op}: {name} takes no gradient"):
+        value_of(op, {**inputs, name: labels.requires_grad_()})
+
+
+@every_op
+def test_transforms_of_transforms_are_refused(place: Place, op: str) -> None:
+    if op == "pointer_loss":
+        return  # test_vmap_is_a_loop: whatever is inside of vmap
+    for function, x in of_each_argument(op, place.device):
+        many = torch.stack([x, x])
+        with pytest.raises(RuntimeError, match=f"^{op}: torch.func.grad"):
+            func.grad(lambda y, f=function: func.vmap(f)(y).sum())(many)
+        with pytest.raises(RuntimeError, match=f"^{op}: forward-mode"):
+            func.jvp(lambda y, f=function: func.vmap(f)(y), (many,), (torch.ones_like(many),))

@@ -99,7 +99,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _known(name: str, source: str) -> str:
     if not isinstance(name, str) or name not in BACKENDS:
-        raise ValueError(f"{source} takes one of {', '.join(map(repr, BACKENDS))}; got {reprlib.repr(name)}")
+        got = " ".join(reprlib.repr(name).split())
+        raise ValueError(f"{source} takes one of {', '.join(map(repr, BACKENDS))}; got {got}")
     return name
 
 

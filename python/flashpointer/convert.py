@@ -94,6 +94,7 @@ def to_flashpointer(
     """
     op = "to_flashpointer"
     known = _known(op, layout)
+    _check(op, state_dict, prefix, names, transposed)
     theirs = _find(op, state_dict, prefix, (*known.names, _GLOBAL) if names is None else (tuple(names),))
     ours = _GLOBAL if len(theirs) == 1 else _EFFICIENT
     linears = _linears(op, state_dict, [prefix + name for name in theirs], known, heads, head_size, transposed)
@@ -133,6 +134,7 @@ def from_flashpointer(
     """
     op = "from_flashpointer"
     known = _known(op, layout)
+    _check(op, state_dict, prefix, names, transposed)
     ours = _find(op, state_dict, "", (_EFFICIENT, _GLOBAL))
     theirs = tuple(names or (known.names[0] if ours == _EFFICIENT else ours))
     if len(theirs) != len(ours):
@@ -148,9 +150,20 @@ def from_flashpointer(
 
 
 def _known(op: str, layout: str) -> _Layout:
-    if layout not in _LAYOUTS:
+    if not isinstance(layout, str) or layout not in _LAYOUTS:
         raise ValueError(f"{op}: layout takes one of {', '.join(map(repr, _LAYOUTS))}; got {_checks.describe(layout)}")
     return _LAYOUTS[layout]
+
+
+def _check(op: str, state_dict: object, prefix: object, names: object, transposed: object) -> None:
+    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
+        raise TypeError(f"{op}: state_dict takes tensors by name; got {_checks.describe(state_dict)}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"{op}: prefix takes a str; got {_checks.describe(prefix)}")
+    listed = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(x, str) for x in names)
+    if names is not None and not listed:
+        raise TypeError(f"{op}: names takes a list of names, or None; got {_checks.describe(names)}")
+    _checks.check_flag(op, "transposed", transposed)
 
 
 def _find(
@@ -161,10 +174,10 @@ def _find(
     if len(found) != 1:
         telling = {name for names in candidates for name in names} - {"dense"}  # which encoders have too
         keys = [key for key in state_dict if telling.intersection(key.split("."))] or list(state_dict)
-        takes = f"the weights of {', or of '.join(map(_listed, candidates))}, with the prefix {prefix!r}"
+        takes = f"the weights of {', or of '.join(map(_listed, candidates))}, with the prefix {_checks.short(prefix)}"
+        got = _brief(", ".join(keys[-10:]) or "nothing")
         raise ValueError(
-            f"{op}: state_dict takes {takes}, one of these; got {', '.join(keys[-10:]) or 'nothing'}. The layouts are "
-            f"{', '.join(map(repr, _LAYOUTS))}"
+            f"{op}: state_dict takes {takes}, one of these; got {got}. The layouts are {', '.join(map(repr, _LAYOUTS))}"
         )
     return found[0]
 
@@ -180,7 +193,7 @@ def _linears(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
     """Of each linear layer the weight, the bias, and which of their rows and of their columns each of ours is."""
     for size_name, size in (("heads", heads), ("head_size", head_size)):
-        if not isinstance(size, int) or size < 1:
+        if not _checks.is_int(size, 1):
             raise ValueError(f"{op}: {size_name} takes an int of at least 1; got {_checks.describe(size)}")
     weights = [torch.as_tensor(state_dict[f"{name}.weight"]) for name in names]
     if transposed:
@@ -206,4 +219,10 @@ def _linears(
 
 
 def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names)
+    return _brief(" and ".join(names))
+
+
+def _brief(text: str) -> str:
+    """On one line of at most 160 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else f"{line[:80]}...{line[-77:]}"

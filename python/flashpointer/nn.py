@@ -163,6 +163,8 @@ class _PointerHead(torch.nn.Module):
         # quantized layer is a method.
         weight = getattr(next(self.children()), "weight", None)
         weights = weight.dtype if isinstance(weight, torch.Tensor) else None
+        where = hidden.device if weight is None or weights is None else weight.device
+        self._require(hidden.device == where, "hidden", f"a tensor on {where}, where the weights are", hidden)
         if weights in _checks.FLOATS and not _checks.in_autocast(hidden):
             self._require(hidden.dtype == weights, "hidden", f"{weights}, as the weights are, or autocast", hidden)
 
@@ -172,7 +174,7 @@ class _PointerHead(torch.nn.Module):
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and value >= 1
+    return _checks.is_int(value, 1)
 
 
 class GlobalPointer(_PointerHead):
@@ -220,6 +222,7 @@ class GlobalPointer(_PointerHead):
         max_width: int | None = None,
     ) -> None:
         super().__init__(hidden_size, heads, head_size, rope, tril_mask, max_width)
+        self._require(isinstance(bias, bool), "bias", "a bool", bias)
         self.dense = torch.nn.Linear(hidden_size, 2 * heads * head_size, bias)
 
     def _pointers(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
@@ -264,7 +267,9 @@ class EfficientGlobalPointer(_PointerHead):
         bias_from: str = "projection",
     ) -> None:
         super().__init__(hidden_size, heads, head_size, rope, tril_mask, max_width)
-        self._require(bias_from in ("projection", "hidden"), "bias_from", "'projection' or 'hidden'", bias_from)
+        self._require(isinstance(bias, bool), "bias", "a bool", bias)
+        known = isinstance(bias_from, str) and bias_from in ("projection", "hidden")
+        self._require(known, "bias_from", "'projection' or 'hidden'", bias_from)
         self.bias_from = bias_from
         self.p_dense = torch.nn.Linear(hidden_size, 2 * head_size, bias)
         self.q_dense = torch.nn.Linear(2 * head_size if bias_from == "projection" else hidden_size, 2 * heads, bias)

@@ -10,7 +10,7 @@ import torch
 class Problem(NamedTuple):
     """What stays the same from forward to backward, and from tile to tile: see ``ops.pointer_scores``."""
 
-    mask: torch.Tensor | None  # [B, N], bool
+    mask: torch.Tensor | None  # [B, N], bool; until the op computes, of any dtype
     positions: torch.Tensor | None  # [N] or [B, N], integer
     rope: bool
     tril_mask: bool

@@ -17,10 +17,16 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def short(value: object) -> str:
+    """The repr of what a user gave, on one line of at most 120 characters."""
+    line = " ".join(reprlib.repr(value).split())
+    return line if len(line) <= 120 else f"{line[:58]}...{line[-59:]}"
+
+
 def describe(value: object) -> str:
     """What an error says of an argument it refuses, in one line however long the argument is."""
     if not isinstance(value, torch.Tensor):
-        return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
+        return f"{type(value).__name__} {short(value)}"
     if value.is_nested:
         return f"a nested {value.dtype} tensor on {value.device}"
     layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
@@ -37,8 +43,21 @@ def check_tensor(op: str, name: str, value: object, takes: str, dtypes: Sequence
 
 
 def can_look(values: torch.Tensor) -> bool:
-    """Whether to look at values costs nothing: on a GPU it is to wait for the stream, and done on demand."""
+    """Whether to look at values costs nothing: on a GPU it is to wait for the stream, and done on demand. Tensors of
+    tracers and of vmap have no values."""
+    if type(values) is not torch.Tensor or is_batched(values):
+        return False
     return values.device.type == "cpu" or (backends.CHECK_INDICES and values.device.type != "meta")
+
+
+def is_int(value: object, least: int) -> bool:
+    """A number of at least so much, and no more than an op can take; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def is_number(value: object) -> bool:
+    """Of any sign and size, but for NaN."""
+    return is_int(value, -(2**63)) or (isinstance(value, float) and value == value)
 
 
 def check_flag(op: str, name: str, value: object) -> None:
@@ -110,16 +129,25 @@ def choose_backend(op: str, *tensors: torch.Tensor | None) -> str:
 def _any_dual(tensors: Sequence[torch.Tensor | None]) -> bool:
     if torch.compiler.is_compiling():  # which cannot look
         return True
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]
+    inner = map(_of_no_batch, tensors)
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inner)  # type: ignore[no-untyped-call]
 
 
 def _is_transformed(x: torch.Tensor | None) -> bool:
-    return x is not None and torch._C._functorch.is_gradtrackingtensor(x)
+    inner = _of_no_batch(x)
+    return inner is not None and torch._C._functorch.is_gradtrackingtensor(inner)
 
 
-def is_batched(x: torch.Tensor) -> bool:
+def _of_no_batch(x: torch.Tensor | None) -> torch.Tensor | None:
+    """What vmap inside of another transform has wrapped."""
+    while x is not None and torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def is_batched(x: torch.Tensor | None) -> bool:
     """Whether it is one of many under vmap, or is_grads_batched, which is an older vmap."""
-    if torch.compiler.is_compiling():  # which cannot ask
+    if x is None or torch.compiler.is_compiling():  # which cannot ask
         return False
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 

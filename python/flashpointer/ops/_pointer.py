@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..problem import Problem
@@ -24,7 +26,7 @@ def check(
     max_width: int | None,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, Bias, Bias, Problem, int]:
-    """q, k, start and end in the dtype of autocast, the problem, and the number of heads.
+    """q, k, start and end in the dtype of autocast, the problem with the mask as given, and the number of heads.
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
@@ -37,11 +39,11 @@ def check(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, start, end = (None if x is None else x.to(dtype) for x in (q, k, start, end))  # type: ignore[assignment]
     heads = _check_shapes(op, q, k, start, end)
-    mask = _check_mask(op, mask, q)
+    _check_mask(op, mask, q)
     _check_positions(op, positions, q)
-    if max_width is not None and (not isinstance(max_width, int) or max_width < 1):
+    if max_width is not None and not _checks.is_int(max_width, 1):
         raise ValueError(f"{op}: max_width takes an int of at least 1, or None; got {_checks.describe(max_width)}")
-    if scale is not None and not isinstance(scale, (int, float)):
+    if scale is not None and not _checks.is_number(scale):
         raise TypeError(f"{op}: scale takes a number, or None; got {_checks.describe(scale)}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return q, k, start, end, Problem(mask, positions, rope, tril_mask, max_width, scale), heads
@@ -80,31 +82,15 @@ def check_device(op: str, name: str, value: torch.Tensor, q: torch.Tensor) -> No
         raise ValueError(f"{op}: {name} must be on {q.device}, where q is; got {_checks.describe(value)}")
 
 
-def _check_mask(op: str, mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+def _check_mask(op: str, mask: torch.Tensor | None, q: torch.Tensor) -> None:
     if mask is None:
-        return None
+        return
     takes = "a bool tensor [B, N], or one of 0 and 1"
     _checks.check_tensor(op, "mask", mask, takes, (torch.bool, *_checks.INTEGERS, *_checks.FLOATS))
     if mask.shape != (q.shape[0], q.shape[-2]):
         takes = f"[B, N] = {(q.shape[0], q.shape[-2])}, to fit q of shape {tuple(q.shape)}"
         raise ValueError(f"{op}: mask must be {takes}; got {_checks.describe(mask)}")
     check_device(op, "mask", mask, q)
-    if mask.dtype == torch.bool:
-        return mask
-    kept = mask == 1  # and nothing else: an additive mask, not looked at, must not keep the padding
-    if _checks.can_look(mask):
-        _check_mask_values(op, mask, kept | (mask == 0))
-    return kept
-
-
-def _check_mask_values(op: str, mask: torch.Tensor, right: torch.Tensor) -> None:
-    takes = f"{op}: mask takes 1 (or True) for a token to keep and 0 (or False) for padding"
-    hint = "Of an additive mask, 0 for a token to keep, mask == 0 makes one"
-    if torch.compiler.is_compiling():
-        torch._assert_async(right.all(), f"{takes}. {hint}")
-    elif not right.all():
-        where = tuple((~right).nonzero()[0].tolist())
-        raise ValueError(f"{takes}; got {mask[where].item()} at {where}. {hint}")
 
 
 def _check_positions(op: str, positions: torch.Tensor | None, q: torch.Tensor) -> None:
@@ -115,6 +101,31 @@ def _check_positions(op: str, positions: torch.Tensor | None, q: torch.Tensor) -
         takes = f"[N] or [B, N], to fit q of shape {tuple(q.shape)}"
         raise ValueError(f"{op}: positions must be {takes}; got {_checks.describe(positions)}")
     check_device(op, "positions", positions, q)
+
+
+def kept_tokens(op: str, mask: torch.Tensor | None, *, look: bool) -> torch.Tensor | None:
+    """A mask as bool: where it is 1, and nowhere else, for of an additive mask what is not 0 is the padding.
+
+    Raises:
+        ValueError: for one of other numbers than 0 and 1, if ``look`` and to look costs nothing.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    kept = mask == 1
+    if look and _checks.can_look(mask):
+        wrong = ~(kept | (mask == 0))
+        if wrong.any():
+            where = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(
+                f"{op}: mask takes 1 (or True) for a token to keep and 0 (or False) for padding; got "
+                f"{mask[where].item()} at {where}. Of an additive mask, 0 for a token to keep, mask == 0 makes one"
+            )
+    return kept
+
+
+def for_reference(op: str, problem: Problem) -> dict[str, Any]:
+    """The problem as the eager formulas take it; to look would break a graph."""
+    return problem._replace(mask=kept_tokens(op, problem.mask, look=not torch.compiler.is_compiling()))._asdict()
 
 
 def per_head(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..problem import SCHEMA, Problem
-from . import _checks
+from . import _checks, _pointer
 
 _library: Any = torch.library.Library("flashpointer", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -43,8 +43,9 @@ def register_pointer_op(
 ) -> Any:
     """Registers an op on q and k, in whose schema ``Problem problem`` stands for the fields of one.
 
-    The op is called with the fields, ``op(q, k, *problem)``; ``compute`` and ``fake`` get a Problem in their place, and
-    compute runs without autocast, which would round what the tiles compute in float32.
+    The op is called with the fields, ``op(q, k, *problem)``; ``compute`` and ``fake`` get a Problem in their place. For
+    compute its mask is bool, looked at where that costs nothing: in here no transform and no tracer is in the way. And
+    it runs without autocast, which would round what the tiles compute in float32.
 
     Args:
         save: (ctx, inputs, outputs) to the tensors that backward needs; it may leave other things on ctx.
@@ -52,6 +53,7 @@ def register_pointer_op(
             nobody needs are dropped. upstream is that of the first output: the only one that has a gradient.
     """
     name, arguments = schema[: schema.index("(")], schema[schema.index("(") + 1 : schema.index(")")].split(", ")
+    op = name.removesuffix("_with_gradient")  # what the user called
     place, fields = arguments.index("Problem problem"), len(Problem._fields)
 
     def pack(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -59,8 +61,9 @@ def register_pointer_op(
         return (*arguments[:place], Problem(*arguments[place:behind]), *arguments[behind:])
 
     def packed_compute(*arguments: Any) -> Any:
+        mask = _pointer.kept_tokens(op, arguments[place], look=not name.endswith("_backward"))
         with _checks.without_autocast(arguments[0]):
-            return compute(*pack(arguments))
+            return compute(*pack((*arguments[:place], mask, *arguments[place + 1 :])))
 
     def packed_fake(*arguments: Any) -> Any:
         return fake(*pack(arguments))
@@ -75,7 +78,7 @@ def register_pointer_op(
 
     def padded_backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         assert backward is not None
-        refuse_second_derivative(name.removesuffix("_with_gradient"))  # which is not what the user called
+        refuse_second_derivative(op)
         nothing = (None,) * (len(arguments) - 1 + fields)
         if upstream is None:
             return nothing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from bisect import bisect_left
 from typing import Any
@@ -65,13 +64,13 @@ def pointer_decode(
         OP, q, k, start, end, mask=mask, positions=positions, rope=rope, tril_mask=tril_mask, max_width=max_width,
         scale=scale,
     )  # fmt: skip
-    if not isinstance(threshold, (int, float)) or math.isnan(threshold):
+    if not _checks.is_number(threshold):
         raise ValueError(f"{OP}: threshold takes a number; got {_checks.describe(threshold)}")
     for name, limit in (("top_k", top_k), ("max_spans", max_spans)):
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
+        if limit is not None and not _checks.is_int(limit, 1):
             raise ValueError(f"{OP}: {name} takes an int of at least 1, or None; got {_checks.describe(limit)}")
     _checks.check_flag(OP, "non_overlapping", non_overlapping)
-    if any(x is not None and _checks.is_batched(x) for x in (q, k, start, end)):
+    if any(map(_checks.is_batched, (q, k, start, end, mask, positions))):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported, for each sample has its own number of spans")
     options = (float(threshold), top_k, non_overlapping, max_spans, _checks.choose_backend(OP, q, k, start, end))
     if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export traces
@@ -89,6 +88,7 @@ def _decode(
     heads: int, threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    problem = problem._replace(mask=_pointer.kept_tokens(OP, problem.mask, look=True))
     with _checks.without_autocast(q):
         cells, scores, count = _cells(q, k, start, end, problem, heads, threshold, max_spans, top_k, backend)
     if count > len(cells):
@@ -101,7 +101,7 @@ def _decode(
     row = cells // length
     plane = row // length
     spans = torch.stack([plane // heads, plane % heads, row % length, cells % length], dim=1)
-    if non_overlapping:
+    if non_overlapping and len(spans) > 0:
         kept = _greedy(spans, scores).to(spans.device)
         spans, scores = spans[kept], scores[kept]
     return spans, scores.to(q.dtype)

@@ -67,14 +67,14 @@ def pointer_loss(
     )  # fmt: skip
     _check_spans(spans, span_labels, q)
     _checks.check_reduction(OP, reduction)
-    if any(x is not None and _checks.is_batched(x) for x in (q, k, start, end, spans, span_labels)):
+    if any(map(_checks.is_batched, (q, k, start, end, spans, span_labels, mask, positions))):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported; q and k have a dimension for a batch")
-    backend = _checks.choose_backend(OP, q, k, start, end)
+    backend = _checks.choose_backend(OP, q, k, start, end, span_labels)
     if backend == "reference":
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(spans, span_labels, q, heads)
         options: dict[str, Any] = {"span_labels": span_labels, "reduction": reduction}
-        return reference.pointer_loss(q, k, spans, start, end, **problem._asdict(), **options)
+        return reference.pointer_loss(q, k, spans, start, end, **_pointer.for_reference(OP, problem), **options)
     arguments = (q, k, start, end, spans, span_labels, *problem, heads, reduction)
     # Where one upstream gradient scales them all, forward can compute the gradients: on tiles, which have cells at hand
     # and compute in float32. Kernels keep no cell, and a gradient in float16 underflows before AMP has scaled it.

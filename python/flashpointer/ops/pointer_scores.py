@@ -62,7 +62,7 @@ def pointer_scores(
     )  # fmt: skip
     backend = _checks.choose_backend(OP, q, k, start, end)
     if backend == "reference":
-        return reference.pointer_scores(q, k, start, end, **problem._asdict())
+        return reference.pointer_scores(q, k, start, end, **_pointer.for_reference(OP, problem))
     scores: torch.Tensor = _op(q, k, start, end, *problem, heads, backend)
     return scores
 

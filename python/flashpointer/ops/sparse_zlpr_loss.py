@@ -52,7 +52,7 @@ def sparse_zlpr_loss(
     _checks.check_device(OP, "positives", positives, scores)
     mask = _checks.check_mask(OP, mask, scores)
     _checks.check_reduction(OP, reduction)
-    if not isinstance(ignore_index, int):
+    if not _checks.is_int(ignore_index, -(2**63)):
         raise TypeError(f"{OP}: ignore_index takes an int; got {_checks.describe(ignore_index)}")
     backend = _checks.choose_backend(OP, scores)
     if backend == "reference":

@@ -64,7 +64,7 @@ def zlpr_loss(
     _checks.check_no_grad(OP, "labels", labels, "use labels.detach()")
     mask = _checks.check_mask(OP, mask, scores)
     _checks.check_reduction(OP, reduction)
-    backend = _checks.choose_backend(OP, scores)
+    backend = _checks.choose_backend(OP, scores, labels)
     if backend == "reference":
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(scores, labels, mask)

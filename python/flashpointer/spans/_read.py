@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -15,11 +14,6 @@ Heads = Mapping[Any, int] | Sequence[Any]
 """The head of each type: a mapping from type to head index, or the types in the order of their heads."""
 
 ENDS = ("inclusive", "exclusive")
-
-
-def short(value: object) -> str:
-    """The repr of what a data set holds, abbreviated, on one line."""
-    return " ".join(reprlib.repr(value).split())
 
 
 def each(op: str, name: str, values: Any, takes: str, *, ordered: bool = True) -> list[Any]:
@@ -62,7 +56,7 @@ def table(op: str, heads: Heads) -> dict[Any, int]:
             index = integer(head)
             if index is None or index < 0:
                 takes = "a head index, 0 or more, for each type"
-                raise ValueError(f"{op}: heads takes {takes}; got {short(head)} for {short(kind)}")
+                raise ValueError(f"{op}: heads takes {takes}; got {_checks.short(head)} for {_checks.short(kind)}")
             indices[kind] = index
         return indices
     if not isinstance(heads, Sequence) or isinstance(heads, (str, bytes)):
@@ -74,24 +68,24 @@ def table(op: str, heads: Heads) -> dict[Any, int]:
         raise TypeError(f"{op}: heads takes types that can be hashed; got {_checks.describe(heads)}") from None
     if len(indices) < len(heads):
         twice = next(kind for head, kind in enumerate(heads) if indices[kind] != head)
-        raise ValueError(f"{op}: heads takes each type once; got {short(twice)} twice")
+        raise ValueError(f"{op}: heads takes each type once; got {_checks.short(twice)} twice")
     return indices
 
 
 def triple(op: str, where: str, span: Any, heads: dict[Any, int], takes: str) -> tuple[Any, int, int, int]:
     """The type, the head index and the two ends of a span as a data set gives it."""
     if not isinstance(span, Sequence) or isinstance(span, (str, bytes)) or len(span) != 3:
-        raise TypeError(f"{op}: {where} takes spans {takes}; got {short(span)}")
+        raise TypeError(f"{op}: {where} takes spans {takes}; got {_checks.short(span)}")
     kind, start, end = span[0], integer(span[1]), integer(span[2])
     try:
         head = heads.get(kind)
     except TypeError:  # not hashable
         head = None
     if head is None:
-        types = reprlib.repr(list(heads))
-        raise ValueError(f"{op}: {where} takes spans {takes} of a type in heads, {types}; got {short(span)}")
+        types = _checks.short(list(heads))
+        raise ValueError(f"{op}: {where} takes spans {takes} of a type in heads, {types}; got {_checks.short(span)}")
     if start is None or end is None:
-        raise TypeError(f"{op}: {where} takes spans {takes} with ints; got {short(span)}")
+        raise TypeError(f"{op}: {where} takes spans {takes} with ints; got {_checks.short(span)}")
     return kind, head, start, end
 
 
@@ -108,7 +102,7 @@ def check_ends(
     # what the last token, or a single one, looks like if ends are meant the other way
     mistaken = start >= 0 and (start < end == size if inclusive else start == end)
     hint = f'. If ends are {other}, say end="{other}"' if mistaken else ""
-    raise ValueError(f"{op}: {where} takes spans with {takes}; got {short(span)}{hint}")
+    raise ValueError(f"{op}: {where} takes spans with {takes}; got {_checks.short(span)}{hint}")
 
 
 def tensor(rows: list[tuple[int, int, int, int]]) -> torch.Tensor:

@@ -88,8 +88,9 @@ def from_padded(labels: torch.Tensor, *, mask_zero: bool = False, ignore_index: 
     _checks.check_tensor(op, "labels", labels, "an integer tensor [batch, heads, pairs, 2]", _checks.INTEGERS)
     if labels.dim() != 4 or labels.shape[3] != 2:
         raise ValueError(f"{op}: labels must be [batch, heads, pairs, 2]; got {_checks.describe(labels)}")
-    if not isinstance(ignore_index, int):
+    if not _checks.is_int(ignore_index, -(2**63)):
         raise TypeError(f"{op}: ignore_index takes an int; got {_checks.describe(ignore_index)}")
+    _checks.check_flag(op, "mask_zero", mask_zero)
     pairs = labels.long()
     padding = ((pairs < 0) | (pairs == ignore_index)).any(-1)
     if mask_zero:

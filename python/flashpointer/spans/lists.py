@@ -68,7 +68,7 @@ def collate(
             ``from_lists``.
     """
     op = "collate"
-    if not isinstance(pad_token_id, int):
+    if not _checks.is_int(pad_token_id, -(2**63)):
         raise TypeError(f"{op}: pad_token_id takes an int; got {_checks.describe(pad_token_id)}")
     examples = _read.each(op, "examples", examples, "a list of mappings with the keys input_ids and spans")
     for i, example in enumerate(examples):
@@ -78,7 +78,7 @@ def collate(
         for key in ("input_ids", "spans"):
             if key not in example:
                 raise ValueError(
-                    f"{op}: example {i} takes the keys input_ids and spans; got {_read.short(list(example))}"
+                    f"{op}: example {i} takes the keys input_ids and spans; got {_checks.short(list(example))}"
                 )
     ids = [_vector(op, i, "input_ids", example["input_ids"]) for i, example in enumerate(examples)]
     batch = {"input_ids": _pad(ids, pad_token_id)}

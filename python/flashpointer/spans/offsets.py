@@ -80,7 +80,8 @@ def from_offsets(
     Raises:
         TypeError, ValueError: naming the sentence and the entity, for one that is negative, empty, reversed or beyond
             the text, or of a type that is not in heads; for offsets or texts that are not one for each sentence; for
-            offsets beyond the text, or of several texts: of a pair, or of words that were split beforehand.
+            offsets beyond the text, or of several texts: of a pair, or of words that were split beforehand. (Of a few
+            words of one character each, all at (0, 1), nobody can tell: with texts up to 4, without up to 18.)
     """
     op = "from_offsets"
     listed = _read.each(op, "sentences", sentences, f"for each sentence a list of {TRIPLE}")
@@ -126,6 +127,7 @@ def _tokens(op: str, sentence: int, offsets: Any, text: str | None) -> _Tokens:
     name = f"offset_mapping of sentence {sentence}"
     takes = "(char_start, char_end) or None for each token"
     tokens = _Tokens([], [], [])
+    last, run = (0, 0), 0  # the pair before, and for how many tokens on end
     reached, shared = 0, 1  # the end of the token before, and how many of its characters the next may share
     for token, pair in enumerate(_read.each(op, name, offsets, takes)):
         if pair is None:
@@ -134,7 +136,7 @@ def _tokens(op: str, sentence: int, offsets: Any, text: str | None) -> _Tokens:
         try:
             start, end = map(operator.index, pair if isinstance(pair, Sequence) else pair.tolist())
         except (AttributeError, RuntimeError, TypeError, ValueError):
-            raise TypeError(f"{op}: {name} takes {takes}; got {_read.short(pair)} at token {token}") from None
+            raise TypeError(f"{op}: {name} takes {takes}; got {_checks.short(pair)} at token {token}") from None
         if start == end:
             if start == 0:  # a special token; elsewhere whitespace that the tokenizer has trimmed from its offsets
                 shared = 0
@@ -147,6 +149,13 @@ def _tokens(op: str, sentence: int, offsets: Any, text: str | None) -> _Tokens:
                 f"one that ends at {reached}. With a pair of texts, set the tokens of the other to None; words split "
                 "beforehand start anew: tokenize the text itself"
             )
+        run = run + 1 if (start, end) == last else 1
+        last = start, end
+        if end - start == 1 and run > _most(text, start):
+            raise ValueError(
+                f"{op}: {name} takes the offsets of one text, which go on; got {(start, end)} for {run} tokens on end, "
+                f"up to token {token}. Words split beforehand start anew: tokenize the text itself"
+            )
         if text is not None and end > len(text):
             within = f"offsets within its text of {len(text)} characters"
             raise ValueError(f"{op}: {name} takes {within}; got {(start, end)} at token {token}")
@@ -158,6 +167,15 @@ def _tokens(op: str, sentence: int, offsets: Any, text: str | None) -> _Tokens:
             tokens.starts.append(start)
             tokens.ends.append(end)
     return tokens
+
+
+def _most(text: str | None, at: int) -> int:
+    """How many tokens may share the character at: its bytes, or what the normal forms or the lower case make of it."""
+    if text is None or at >= len(text):
+        return 18  # of U+FDFA
+    character = text[at]
+    forms = (character.encode("utf-8", "replace"), unicodedata.normalize("NFKD", character), character.lower())
+    return max(map(len, forms)) + 1  # a lone marker before a word
 
 
 def _align(
