@@ -3,16 +3,17 @@
 Where heads share q and k, the score of a span (m, n) is x_mn + start_hm + end_hn, with x_mn = scale * <R q_m, R k_n>:
 heads differ by what depends on m or on n alone. With rho_m = max_n x_mn and C_h = max_n end_hn, the sum over a row is
 
-    sum_n exp(s_hmn) = exp(bound_hm) (P V^T)_mh,    bound_hm = start_hm + C_h + rho_m,  P = exp(x - rho),  V = exp(end - C)
+    sum_n exp(s_hmn) = exp(bound_hm) (P V^T)_mh     bound_hm = start_hm + C_h + rho_m
+    P = exp(x - rho)        V = exp(end - C)
 
 one exponential for all heads, and a matrix product with the heads as columns: flash attention, unnormalised. The loss
-of a head is l_n + l_p, l_n = log(1 + sum_m of these). Backward, with g_h the upstream gradient and A = exp(bound - l_n):
+of a head is l_n + l_p, l_n = log(1 + sum_m of these). Backward, with g the upstream gradient and A = exp(bound - l_n):
 
     T = (g A)^T V           dx = P * T                          dstart_hm = g_h A_hm (P V^T)_mh
     dq = scale R^T dx R k   dk = scale R^T dx^T R q             dend_hn   = g_h V_hn (A P)_hn
 
-A mask is a bias of -inf, in start and in V, so that the sweeps know only triangle, band and the last kept token. rho may
-be too large: it is taken over columns that V then drops. All that matters is the bound of a row: a term is lost to
+A mask is a bias of -inf, in start and in V, so that the sweeps know only triangle, band and the last kept token. rho
+may be too large: it is taken over columns that V then drops. All that matters is the bound of a row: a term is lost to
 underflow below exp(bound - 87), which beside the 1 in the logarithm is nothing while the bound is below 50.
 
 DIRECT ROWS are those whose bound is above 50, the unsafe ones, and those with a listed span, where the span must not be
@@ -27,8 +28,8 @@ and its loss inf; its gradient is NaN in the cells that are inf, as the eager fo
     5  turn back   adds what direct rows give to dk and dend, and their dq; turns dq, dk back; dstart, each row's part
                    in the loss times g
 
-Whatever is summed is summed by one program in one order. A listed span costs no launch its critical path: 2 and 4 compute
-it in programs of its own, started first, while others sweep, longest rows and columns first; 5 only gathers it.
+Whatever is summed is summed by one program in one order. A listed span costs no launch its critical path: 2 and 4
+compute it in programs of its own, started first, while others sweep, longest rows and columns first; 5 only gathers it.
 Exponents are base e but for those of the sweeps, as exp2 is one instruction.
 """
 
@@ -50,6 +51,7 @@ from .cells import (
     load_kept,
     load_positions,
     load_vectors,
+    multiply,
     open_bias,
     open_tokens,
     power_of_two,
@@ -77,9 +79,8 @@ from .direct_rows import (
 )
 from .rotate import rotation, turn
 from .workspace import (
-    Group,
-    Tile,
     add_product,
+    at_heads,
     load_heads,
     multiply_heads,
     open_group,
@@ -166,7 +167,7 @@ def prepare_kernel(
     stride_ls, stride_lc, stride_t,
     tile, BLOCK: tl.constexpr, TOKENS: tl.constexpr, COUNTING: tl.constexpr,
 ):  # fmt: skip
-    """SORTED spans to a program, or LANES that are left unsorted, or TOKENS tokens of q and of k of a group, or one head of it."""
+    """SORTED spans to a program, or LANES left unsorted; or TOKENS tokens of q and of k; or a head of a group."""
     shape = open_shape(groups, heads, length, max_width, tile)
     at = tl.program_id(0) - sorters
     tiles = shape.padded // TOKENS
@@ -207,7 +208,6 @@ def prepare_kernel(
 def sweep_rows(group, m_first, h_first, shape, tile):
     """sums and pivots of BM rows, sums of HEADS heads."""
     m = m_first + tl.arange(0, tile.BM)
-    h = h_first + tl.arange(0, tile.HEADS)
     factor = group.scale * LOG2E
     q_m = load_vectors(group.q, m_first, tile.BM, tile.VECTOR)
     largest = tl.full([tile.BM], float("-inf"), dtype=tl.float32)
@@ -217,14 +217,14 @@ def sweep_rows(group, m_first, h_first, shape, tile):
         n = n_first + tl.arange(0, tile.BN)
         k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
         v_n = load_heads(group.exp_ends, h_first, n_first, tile.HEADS, tile.BN, shape.padded)
-        x = tl.dot(q_m, tl.trans(k_n), input_precision=tile.PRECISION)  # [BM, BN]
+        x = multiply(q_m, k_n, tile)  # [BM, BN]
         x = keep_valid(x, m[:, None], n[None, :], float("-inf"), shape.max_width, tile.TRIL)
         new = tl.minimum(tl.maximum(largest, tl.max(x, axis=1) * factor), FLOAT_MAX)
         p = tl.exp2(x * factor - safe(new)[:, None])  # [BM, BN]
         sums = add_product(sums * tl.exp2(largest - safe(new))[:, None], p, v_n, tile)  # [BM, HEADS]
         largest = new
     tl.store(group.pivots + m, safe(largest), mask=(m >= 0) & (h_first == 0))
-    tl.store(group.sums + h.to(tl.int64)[None, :] * shape.padded + m[:, None], sums)
+    tl.store(at_heads(group.sums, h_first, m_first, tile.HEADS, tile.BM, shape.padded), sums)
 
 
 @triton.jit
@@ -472,10 +472,10 @@ def sweep_back_rows(group, upstream, m_first, h_first, shape, tile):
         n = n_first + tl.arange(0, tile.BN)
         k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
         v_n = load_heads(group.exp_ends, h_first, n_first, tile.BACK_HEADS, tile.BN, shape.padded)
-        x = tl.dot(q_m, tl.trans(k_n), input_precision=tile.PRECISION)  # [BM, BN]
+        x = multiply(q_m, k_n, tile)  # [BM, BN]
         dx = tl.exp2(x * factor - pivot_m[:, None]) * multiply_heads(a_m, v_n, tile)
         dx = keep_valid(dx, m[:, None], n[None, :], 0.0, shape.max_width, tile.TRIL)
-        d_q = tl.dot(dx.to(tile.TABLE), k_n.to(tile.TABLE), acc=d_q, input_precision=tile.PRECISION)
+        d_q = tl.dot(dx.to(tile.TABLE), k_n.x.to(tile.TABLE), acc=d_q, input_precision=tile.PRECISION)
     return d_q
 
 
@@ -495,15 +495,15 @@ def sweep_back_columns(group, upstream, n_first, h_first, shape, tile):
         m = m_first + tl.arange(0, tile.BACK_BM)
         q_m = load_vectors(group.q, m_first, tile.BACK_BM, tile.VECTOR)
         a_m = load_heads(group.weights, h_first, m_first, tile.BACK_HEADS, tile.BACK_BM, shape.padded)
-        x = tl.dot(k_n, tl.trans(q_m), input_precision=tile.PRECISION)  # [BN, BACK_BM]
-        p = tl.exp2(x * factor - tl.load(group.pivots + m)[None, :])
+        x = multiply(k_n, q_m, tile)  # [BN, BACK_BM]
+        # At most 1, so that of a product of inf, whose row is direct, A = 0 leaves nothing.
+        p = tl.minimum(tl.exp2(x * factor - tl.load(group.pivots + m)[None, :]), 1.0)
         p = keep_valid(p, m[None, :], n[:, None], 0.0, shape.max_width, tile.TRIL)
         dx = (p * multiply_heads(v_n, a_m, tile)).to(tile.TABLE)
-        d_k = tl.dot(dx, q_m.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
+        d_k = tl.dot(dx, q_m.x.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
         d_end = add_product(d_end, p, a_m, tile)
-    at = h.to(tl.int64)[None, :] * shape.padded + n[:, None]
-    v_n = tl.load(group.exp_ends + at).to(tl.float32) * load_upstream(upstream, h, shape)[None, :]
-    return d_k, d_end * v_n
+    v_n = tl.load(at_heads(group.exp_ends, h_first, n_first, tile.BACK_HEADS, tile.BN, shape.padded))
+    return d_k, d_end * v_n.to(tl.float32) * load_upstream(upstream, h, shape)[None, :]
 
 
 @triton.jit
@@ -542,16 +542,15 @@ def sweep_back_kernel(
         first = at // blocks * tile.BM
         d = tl.arange(0, tile.VECTOR)[None, :]
         if (turn_of - listers) % 2 == 0:
-            m = (first + tl.arange(0, tile.BM)).to(tl.int64)
             d_q = sweep_back_rows(group, upstream, first, h_first, shape, tile)
-            tl.store(out.d_q + at % blocks * out.share + m[:, None] * tile.VECTOR + d, d_q)
+            to = out.d_q + at % blocks * out.share + tl.cast(first, tl.int64) * tile.VECTOR
+            tl.store(to + tl.arange(0, tile.BM)[:, None] * tile.VECTOR + d, d_q)
         else:
             first = shape.padded - tile.BN - first
-            n = (first + tl.arange(0, tile.BN)).to(tl.int64)
-            h = (h_first + tl.arange(0, tile.BACK_HEADS)).to(tl.int64)
             d_k, d_end = sweep_back_columns(group, upstream, first, h_first, shape, tile)
-            tl.store(out.d_k + at % blocks * out.share + n[:, None] * tile.VECTOR + d, d_k)
-            tl.store(out.d_ends + h[None, :] * shape.padded + n[:, None], d_end)
+            to = out.d_k + at % blocks * out.share + tl.cast(first, tl.int64) * tile.VECTOR
+            tl.store(to + tl.arange(0, tile.BN)[:, None] * tile.VECTOR + d, d_k)
+            tl.store(at_heads(out.d_ends, h_first, first, tile.BACK_HEADS, tile.BN, shape.padded), d_end)
 
 
 # --- launch 5: direct rows, and turning back -------------------------------------------------------------------------
@@ -561,7 +560,7 @@ class Owned(NamedTuple):
     """What a program of launch 5 owns: gradients of its tokens."""
 
     token: Any
-    k: Any  # [TOKENS, VECTOR]: theirs
+    k: Any  # Vectors: theirs
     h: Any  # BACK_HEADS heads
     d_q: Any  # [TOKENS, VECTOR]
     d_k: Any
@@ -573,11 +572,11 @@ def open_owned(group, left, first, h_first, shape, tile, BLOCKS: tl.constexpr):
     """With what launch 4 has left, summed over BLOCKS blocks of heads."""
     token = first + tl.arange(0, tile.TOKENS)
     h = h_first + tl.arange(0, tile.BACK_HEADS)
-    d_q = load_vectors(left.d_q, first, tile.TOKENS, tile.VECTOR)
-    d_k = load_vectors(left.d_k, first, tile.TOKENS, tile.VECTOR)
+    d_q = load_vectors(left.d_q, first, tile.TOKENS, tile.VECTOR).x
+    d_k = load_vectors(left.d_k, first, tile.TOKENS, tile.VECTOR).x
     for block in tl.static_range(1, BLOCKS):
-        d_q += load_vectors(left.d_q + block * left.share, first, tile.TOKENS, tile.VECTOR)
-        d_k += load_vectors(left.d_k + block * left.share, first, tile.TOKENS, tile.VECTOR)
+        d_q += load_vectors(left.d_q + block * left.share, first, tile.TOKENS, tile.VECTOR).x
+        d_k += load_vectors(left.d_k + block * left.share, first, tile.TOKENS, tile.VECTOR).x
     d_end = load_heads(left.d_ends, h_first, first, tile.BACK_HEADS, tile.TOKENS, shape.padded)
     return Owned(token, load_vectors(group.k, first, tile.TOKENS, tile.VECTOR), h, d_q, d_k, d_end)
 
@@ -599,13 +598,13 @@ def add_rows(owned, rows, terms, d_rows, group, shape, tile):
     s = direct_scores(owned.k, owned.token, rows, group, shape, tile)
     dx = direct_weights(s, owned.token, rows, terms)  # [GATHERED, TOKENS]
     weights = tl.trans(dx.to(tile.TABLE))
-    d_k = tl.dot(weights, rows.q.to(tile.TABLE), acc=owned.d_k, input_precision=tile.PRECISION)
+    d_k = tl.dot(weights, rows.q.x.to(tile.TABLE), acc=owned.d_k, input_precision=tile.PRECISION)
     dx = mark(tl.where(rows.live[:, None], dx, 0.0))
     if tile.BACK_HEADS == 1:
         d_end = owned.d_end + tl.sum(dx, axis=0)[None, :]
     else:
-        at_heads = (owned.h[:, None] == rows.h[None, :]).to(tile.TABLE)  # [BACK_HEADS, GATHERED]
-        d_end = tl.dot(at_heads, dx.to(tile.TABLE), acc=owned.d_end, input_precision=tile.PRECISION)
+        theirs = (owned.h[:, None] == rows.h[None, :]).to(tile.TABLE)  # [BACK_HEADS, GATHERED]
+        d_end = tl.dot(theirs, dx.to(tile.TABLE), acc=owned.d_end, input_precision=tile.PRECISION)
     places = ((owned.token[:, None] == rows.m[None, :]) & rows.live[None, :]).to(tl.float32)  # [TOKENS, GATHERED]
     precision: tl.constexpr = "ieee" if tile.PRECISION == "ieee" else "tf32x3"
     d_q = tl.dot(places, mark(d_rows), acc=owned.d_q, input_precision=precision)
@@ -828,10 +827,10 @@ def backward(
     dtype: torch.dtype,
     problem: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k [B, heads or 1, N, D], start and end [B, heads, N] in ``dtype``, that of these, contiguous, from
-    those of the losses, upstream [B, heads] times ``share``."""
+    """Gradients of q, k [B, heads or 1, N, D], start and end [B, heads, N] in ``dtype``, that of these, contiguous,
+    from those of the losses, upstream [B, heads] times ``share``."""
     workspace, shape = saved
-    batch, own_heads, length, size, heads, count = shape
+    batch, _, length, size, heads, count = shape
     d_q, d_k = (torch.empty(shape[:4], dtype=dtype, device=workspace.device) for _ in range(2))
     d_start, d_end = (torch.empty((batch, heads, length), dtype=dtype, device=workspace.device) for _ in range(2))
     if d_start.numel() == 0:
