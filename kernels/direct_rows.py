@@ -182,6 +182,13 @@ def load_unsafe(group, h, i, count, shape, tile):
 
 
 @triton.jit
+def only(rows, live):
+    return Rows(
+        rows.h, rows.m, live, rows.own, rows.left_out, rows.opens, rows.following, rows.label, rows.q, rows.start
+    )  # fmt: skip
+
+
+@triton.jit
 def answers_for(n, rows):
     """Which columns n [columns] are the rows': [GATHERED, columns]."""
     mine = (n[None, :] > rows.own[:, None]) & (n[None, :] < rows.following[:, None])

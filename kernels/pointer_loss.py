@@ -62,7 +62,6 @@ from .direct_rows import (
     LANES,
     NOWHERE,
     Listing,
-    Rows,
     Terms,
     direct_log_sums,
     direct_scores,
@@ -72,6 +71,7 @@ from .direct_rows import (
     load_rows,
     load_unsafe,
     log_rest,
+    only,
     safe,
     sort_spans,
     spans_of,
@@ -556,31 +556,6 @@ def sweep_back_kernel(
 # --- launch 5: direct rows, and turning back -------------------------------------------------------------------------
 
 
-class Owned(NamedTuple):
-    """What a program of launch 5 owns: gradients of its tokens."""
-
-    token: Any
-    k: Any  # Vectors: theirs
-    h: Any  # BACK_HEADS heads
-    d_q: Any  # [TOKENS, VECTOR]
-    d_k: Any
-    d_end: Any  # [BACK_HEADS, TOKENS]
-
-
-@triton.jit
-def open_owned(group, left, first, h_first, shape, tile, BLOCKS: tl.constexpr):
-    """With what launch 4 has left, summed over BLOCKS blocks of heads."""
-    token = first + tl.arange(0, tile.TOKENS)
-    h = h_first + tl.arange(0, tile.BACK_HEADS)
-    d_q = load_vectors(left.d_q, first, tile.TOKENS, tile.VECTOR).x
-    d_k = load_vectors(left.d_k, first, tile.TOKENS, tile.VECTOR).x
-    for block in tl.static_range(1, BLOCKS):
-        d_q += load_vectors(left.d_q + block * left.share, first, tile.TOKENS, tile.VECTOR).x
-        d_k += load_vectors(left.d_k + block * left.share, first, tile.TOKENS, tile.VECTOR).x
-    d_end = load_heads(left.d_ends, h_first, first, tile.BACK_HEADS, tile.TOKENS, shape.padded)
-    return Owned(token, load_vectors(group.k, first, tile.TOKENS, tile.VECTOR), h, d_q, d_k, d_end)
-
-
 @triton.jit
 def mark(x):
     """NaN as a number: to be multiplied by 0 without a trace, and found again in a sum of what is not that large."""
@@ -593,58 +568,95 @@ def unmark(x):
 
 
 @triton.jit
-def add_rows(owned, rows, terms, d_rows, group, shape, tile):
-    """owned, with what direct rows, whose dq is d_rows, give to its tokens."""
-    s = direct_scores(owned.k, owned.token, rows, group, shape, tile)
-    dx = direct_weights(s, owned.token, rows, terms)  # [GATHERED, TOKENS]
-    weights = tl.trans(dx.to(tile.TABLE))
-    d_k = tl.dot(weights, rows.q.x.to(tile.TABLE), acc=owned.d_k, input_precision=tile.PRECISION)
+def weigh(k, first, rows, terms, group, shape, tile):
+    """The gradient by the scores of direct rows at TOKENS tokens: [GATHERED, TOKENS]."""
+    token = first + tl.arange(0, tile.TOKENS)
+    return direct_weights(direct_scores(k, token, rows, group, shape, tile), token, rows, terms)
+
+
+@triton.jit
+def add_vectors(d_q, d_k, first, rows, d_rows, dx, tile):
+    """d_q, d_k [TOKENS, VECTOR], with what direct rows give, whose dq is d_rows and whose weights are dx."""
+    weights = tl.trans(dx.to(tile.TABLE))  # [TOKENS, GATHERED]
+    d_k = tl.dot(weights, rows.q.x.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
+    token = first + tl.arange(0, tile.TOKENS)
+    places = ((token[:, None] == rows.m[None, :]) & rows.live[None, :]).to(tl.float32)  # [TOKENS, GATHERED]
+    precision: tl.constexpr = "ieee" if tile.PRECISION == "ieee" else "tf32x3"
+    return tl.dot(places, mark(d_rows), acc=d_q, input_precision=precision), d_k
+
+
+@triton.jit
+def add_ends(d_end, h_first, rows, dx, tile):
+    """d_end [BACK_HEADS, TOKENS], with what direct rows give, whose weights are dx."""
     dx = mark(tl.where(rows.live[:, None], dx, 0.0))
     if tile.BACK_HEADS == 1:
-        d_end = owned.d_end + tl.sum(dx, axis=0)[None, :]
+        d_end += tl.sum(dx, axis=0)[None, :]
     else:
-        theirs = (owned.h[:, None] == rows.h[None, :]).to(tile.TABLE)  # [BACK_HEADS, GATHERED]
-        d_end = tl.dot(theirs, dx.to(tile.TABLE), acc=owned.d_end, input_precision=tile.PRECISION)
-    places = ((owned.token[:, None] == rows.m[None, :]) & rows.live[None, :]).to(tl.float32)  # [TOKENS, GATHERED]
-    precision: tl.constexpr = "ieee" if tile.PRECISION == "ieee" else "tf32x3"
-    d_q = tl.dot(places, mark(d_rows), acc=owned.d_q, input_precision=precision)
-    return Owned(owned.token, owned.k, owned.h, d_q, d_k, d_end)
+        h = h_first + tl.arange(0, tile.BACK_HEADS)
+        theirs = (h[:, None] == rows.h[None, :]).to(tile.TABLE)  # [BACK_HEADS, GATHERED]
+        d_end = tl.dot(theirs, dx.to(tile.TABLE), acc=d_end, input_precision=tile.PRECISION)
+    return d_end
 
 
 @triton.jit
-def add_listed(owned, spans, left, upstream, group, shape, tile):
-    d = tl.arange(0, tile.VECTOR)[None, :]
-    first, stop = spans_of(group, spans.count)
-    for p_first in range(first, stop, GATHERED):
-        p = p_first + tl.arange(0, GATHERED)
-        rows = load_rows(group, spans, p, stop, shape, tile)
-        at = left.d_listed + p.to(tl.int64)[:, None] * tile.VECTOR + d
-        d_rows = tl.load(at, mask=rows.live[:, None], other=0.0)  # [GATHERED, VECTOR]
-        owned = add_rows(owned, rows, load_terms(group, upstream, rows, shape), d_rows, group, shape, tile)
-    return owned
-
-
-@triton.jit
-def add_unsafe(owned, upstream, group, shape, tile):
+def most_unsafe(group, shape):
+    """The largest number of unsafe rows of a head."""
     at = tl.arange(0, LANES)
     most = 0
     for first in range(0, shape.heads, LANES):
         counts = tl.load(group.unsafe_counts + first + at, mask=first + at < shape.heads, other=0)
         most = tl.maximum(most, tl.max(counts, axis=0))
-    token_first = tl.min(owned.token, axis=0)
-    for h in range(0, tl.where(most > 0, shape.heads, 0)):
+    return most
+
+
+@triton.jit
+def vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS: tl.constexpr):
+    """dx R k and dx^T R q of TOKENS tokens: what launch 4 has left, summed over blocks of heads, and direct rows."""
+    d_q = load_vectors(left.d_q, first, tile.TOKENS, tile.VECTOR).x
+    d_k = load_vectors(left.d_k, first, tile.TOKENS, tile.VECTOR).x
+    for block in tl.static_range(1, BLOCKS):
+        d_q += load_vectors(left.d_q + block * left.share, first, tile.TOKENS, tile.VECTOR).x
+        d_k += load_vectors(left.d_k + block * left.share, first, tile.TOKENS, tile.VECTOR).x
+    k = load_vectors(group.k, first, tile.TOKENS, tile.VECTOR)
+    d = tl.arange(0, tile.VECTOR)[None, :]
+    listed, stop = spans_of(group, spans.count)
+    for p_first in range(listed, stop, GATHERED):
+        p = p_first + tl.arange(0, GATHERED)
+        rows = load_rows(group, spans, p, stop, shape, tile)
+        at = left.d_listed + p.to(tl.int64)[:, None] * tile.VECTOR + d
+        d_rows = tl.load(at, mask=rows.live[:, None], other=0.0)  # [GATHERED, VECTOR]
+        dx = weigh(k, first, rows, load_terms(group, upstream, rows, shape), group, shape, tile)
+        d_q, d_k = add_vectors(d_q, d_k, first, rows, d_rows, dx, tile)
+    for h in range(0, tl.where(most_unsafe(group, shape) > 0, shape.heads, 0)):
         count = tl.load(group.unsafe_counts + h)
-        for first in range(0, count, GATHERED):
-            rows = load_unsafe(group, h, first + tl.arange(0, GATHERED), count, shape, tile)
+        for i in range(0, count, GATHERED):
+            rows = load_unsafe(group, h, i + tl.arange(0, GATHERED), count, shape, tile)
             terms = load_terms(group, upstream, rows, shape)
-            here = rows.live & (rows.m >= token_first) & (rows.m < token_first + tile.TOKENS)
-            mine = Rows(
-                rows.h, rows.m, here, rows.own, rows.left_out, rows.opens, rows.following, rows.label, rows.q,
-                rows.start,
-            )  # fmt: skip
-            d_rows = direct_vectors(mine, terms, group, shape, tile)  # the others are 0
-            owned = add_rows(owned, rows, terms, d_rows, group, shape, tile)
-    return owned
+            here = rows.live & (rows.m >= first) & (rows.m < first + tile.TOKENS)
+            d_rows = direct_vectors(only(rows, here), terms, group, shape, tile)  # the others are 0
+            dx = weigh(k, first, rows, terms, group, shape, tile)
+            d_q, d_k = add_vectors(d_q, d_k, first, rows, d_rows, dx, tile)
+    return unmark(d_q), d_k
+
+
+@triton.jit
+def ends_of_tokens(group, left, spans, upstream, first, h_first, shape, tile):
+    """dend of TOKENS tokens and BACK_HEADS heads: what launch 4 has left, and direct rows."""
+    d_end = load_heads(left.d_ends, h_first, first, tile.BACK_HEADS, tile.TOKENS, shape.padded)
+    k = load_vectors(group.k, first, tile.TOKENS, tile.VECTOR)
+    listed, stop = spans_of(group, spans.count)
+    for p_first in range(listed, stop, GATHERED):
+        rows = load_rows(group, spans, p_first + tl.arange(0, GATHERED), stop, shape, tile)
+        dx = weigh(k, first, rows, load_terms(group, upstream, rows, shape), group, shape, tile)
+        d_end = add_ends(d_end, h_first, rows, dx, tile)
+    last = tl.minimum(h_first + tile.BACK_HEADS, shape.heads)
+    for h in range(h_first, tl.where(most_unsafe(group, shape) > 0, last, h_first)):
+        count = tl.load(group.unsafe_counts + h)
+        for i in range(0, count, GATHERED):
+            rows = load_unsafe(group, h, i + tl.arange(0, GATHERED), count, shape, tile)
+            dx = weigh(k, first, rows, load_terms(group, upstream, rows, shape), group, shape, tile)
+            d_end = add_ends(d_end, h_first, rows, dx, tile)
+    return unmark(d_end)
 
 
 @triton.jit
@@ -664,34 +676,37 @@ def turn_back_kernel(
     stride_ub, stride_uh, stride_pb, stride_pn,
     tile, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of a group to a program, and BACK_HEADS heads of the biases. d_q, d_k [groups, N, SIZE]; d_start,
-    d_end [groups, heads, N]: contiguous."""
+    """TOKENS tokens of a group to a program: their vectors, or the biases of BACK_HEADS heads, so that neither has too
+    many registers. d_q, d_k [groups, N, SIZE]; d_start, d_end [groups, heads, N]: contiguous."""
     shape = open_shape(groups, heads, length, max_width, tile)
     i = tl.program_id(0) % groups
     first = tl.program_id(0) // groups * tile.TOKENS
     group = open_group(workspace, count, i, scale, shape, tile)
+    spans = open_spans(workspace, count, n_bits, h_bits)
     left = open_gradients(gradients, count, i, shape, tile)
     upstream = open_upstream(upstream, share, i, own_heads, heads, (stride_ub, stride_uh))
     token = first + tl.arange(0, tile.TOKENS)
-    angles = (0.0, 0.0)
-    if tile.ROPE:  # here, where loads are still on their way
-        position = load_positions(open_tokens(positions, i // own_heads, stride_pb, stride_pn), token, length)
-        angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
-    owned = open_owned(group, left, first, tl.program_id(1) * tile.BACK_HEADS, shape, tile, BLOCKS)
-    owned = add_listed(owned, open_spans(workspace, count, n_bits, h_bits), left, upstream, group, shape, tile)
-    owned = add_unsafe(owned, upstream, group, shape, tile)
-
-    h = owned.h.to(tl.int64)[:, None]
-    here = (h < heads) & (token < length)[None, :]
-    at = (tl.cast(i, tl.int64) * heads + h) * length + token[None, :]
-    parts = tl.load(group.sums + h * shape.padded + token[None, :], mask=here, other=0.0)  # [BACK_HEADS, TOKENS]
-    parts *= load_upstream(upstream, owned.h, shape)[:, None]
-    tl.store(d_start + at, parts.to(d_start.dtype.element_ty), mask=here)
-    tl.store(d_end + at, unmark(owned.d_end).to(d_end.dtype.element_ty), mask=here)
     if tl.program_id(1) == 0:
+        angles = (0.0, 0.0)
+        if tile.ROPE:  # here, where loads are still on their way
+            position = load_positions(open_tokens(positions, i // own_heads, stride_pb, stride_pn), token, length)
+            angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
+        of_q, of_k = vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS)
         of_group = tl.cast(i, tl.int64) * length * tile.SIZE
-        store_vectors(d_q + of_group, unmark(owned.d_q) * (scale * sign), token, angles, length, tile)
-        store_vectors(d_k + of_group, owned.d_k * scale, token, angles, length, tile)
+        store_vectors(d_q + of_group, of_q * (scale * sign), token, angles, length, tile)
+        store_vectors(d_k + of_group, of_k * scale, token, angles, length, tile)
+    else:
+        h_first = (tl.program_id(1) - 1) * tile.BACK_HEADS
+        h = h_first + tl.arange(0, tile.BACK_HEADS)
+        of_end = ends_of_tokens(group, left, spans, upstream, first, h_first, shape, tile)
+        of_start = load_heads(group.sums, h_first, first, tile.BACK_HEADS, tile.TOKENS, shape.padded)
+        of_start *= load_upstream(upstream, h, shape)[:, None]  # [BACK_HEADS, TOKENS]
+        at = (h - h_first)[:, None] * length + tl.arange(0, tile.TOKENS)[None, :]
+        d_start += (tl.cast(i, tl.int64) * heads + h_first) * length + first
+        d_end += (tl.cast(i, tl.int64) * heads + h_first) * length + first
+        here = (h < heads)[:, None] & (token < length)[None, :]
+        tl.store(d_start + at, of_start.to(d_start.dtype.element_ty), mask=here)
+        tl.store(d_end + at, of_end.to(d_end.dtype.element_ty), mask=here)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -850,7 +865,7 @@ def backward(
             workspace, gradients, upstream, *sizes, scale, share, listers, *upstream.stride(), tile,
             num_warps=rule.back_warps, num_stages=rule.stages, **registers,
         )  # fmt: skip
-        turn_back_kernel[(sizes.groups * ((length + rule.tokens - 1) // rule.tokens), blocks)](
+        turn_back_kernel[(sizes.groups * ((length + rule.tokens - 1) // rule.tokens), 1 + blocks)](
             workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end, *sizes, scale, share, sign,
             *upstream.stride(), *_strides(positions, 2), tile, BLOCKS=blocks, num_warps=rule.direct_warps, **registers,
         )  # fmt: skip
