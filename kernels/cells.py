@@ -1,7 +1,8 @@
 """Which cells (start token m, end token n) may be spans, how they are cut into tiles, and what tells of their tokens.
 
-The twin of ``tiled/_cells.py``. Things that belong together travel together: a kernel has plain pointers and numbers for
-arguments, builds tuples of them once, and passes these to its helpers. A pointer that is None stands for what is absent.
+The twin of ``tiled/_cells.py``. What belongs together travels together: a kernel has plain pointers and numbers for
+arguments, builds tuples of them once, and passes these to its helpers. A pointer that is None stands for what is
+absent.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ class Tokens(NamedTuple):
 
     ptr: Any
     stride_n: Any
+
+
+class Vectors(NamedTuple):
+    """Of some tokens. What takes them in chunks leaves x unread, which then costs nothing."""
+
+    ptr: Any
+    at: Any  # [tokens, 1]: where each begins
+    x: Any  # [tokens, VECTOR]
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -89,14 +98,31 @@ def load_bias(bias, here, h, token):
 @triton.jit
 def load_vectors(x, first, TOKENS: tl.constexpr, VECTOR: tl.constexpr):
     """Of x [padded, VECTOR] those of TOKENS tokens."""
-    at = tl.arange(0, TOKENS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    return tl.load(x + tl.cast(first, tl.int64) * VECTOR + at)  # [TOKENS, VECTOR]
+    x += tl.cast(first, tl.int64) * VECTOR
+    at = tl.arange(0, TOKENS)[:, None] * VECTOR
+    return Vectors(x, at, tl.load(x + at + tl.arange(0, VECTOR)[None, :]))
 
 
 @triton.jit
 def gather_vectors(x, token, VECTOR: tl.constexpr):
     """Of x [padded, VECTOR] those of some tokens."""
-    return tl.load(x + token.to(tl.int64)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :])  # [tokens, VECTOR]
+    at = token.to(tl.int64)[:, None] * VECTOR
+    return Vectors(x, at, tl.load(x + at + tl.arange(0, VECTOR)[None, :]))
+
+
+@triton.jit
+def multiply(a, b, tile):
+    """<a, b>: [tokens of a, tokens of b]."""
+    if tile.CHUNK == tile.VECTOR:
+        product = tl.dot(a.x, tl.trans(b.x), input_precision=tile.PRECISION)
+    else:
+        product = tl.zeros([a.at.shape[0], b.at.shape[0]], dtype=tl.float32)
+        for first in range(0, tile.VECTOR, tile.CHUNK):
+            d = first + tl.arange(0, tile.CHUNK)[None, :]
+            a_d = tl.load(a.ptr + a.at + d)  # [tokens of a, CHUNK]
+            b_d = tl.load(b.ptr + b.at + d)  # [tokens of b, CHUNK]
+            product = tl.dot(a_d, tl.trans(b_d), acc=product, input_precision=tile.PRECISION)
+    return product
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .cells import columns_of, gather_vectors, keep_valid, load_vectors
-from .workspace import Spans
+from .cells import columns_of, gather_vectors, keep_valid, load_vectors, multiply
 from .zlpr_loss import FLOAT_MAX
 
 NOWHERE = tl.constexpr(2**63 - 1)  # the key of a span on no valid cell: behind all others
@@ -31,7 +30,7 @@ class Rows(NamedTuple):
     opens: Any  # it is the first of its row
     following: Any  # column of the next one in its row, or one beyond all
     label: Any
-    q: Any  # [GATHERED, VECTOR]
+    q: Any  # Vectors
     start: Any
 
 
@@ -163,7 +162,7 @@ def load_rows(group, spans, p, stop, shape, tile):
     n = (key & (beyond - 1)).to(tl.int32)
     following = tl.where(after >> spans.n_bits == row, after & (beyond - 1), beyond).to(tl.int32)
     start = load_start(group, h, m, live, shape)
-    q = gather_vectors(group.q, m, tile.VECTOR)  # [GATHERED, VECTOR]
+    q = gather_vectors(group.q, m, tile.VECTOR)
     left_out = (before == key) | (label == -100.0)
     return Rows(h, m, live, n, left_out, before >> spans.n_bits != row, following, label, q, start)
 
@@ -176,9 +175,16 @@ def load_unsafe(group, h, i, count, shape, tile):
     nothing = tl.full([GATHERED], -1, dtype=tl.int32)
     start = load_start(group, nothing + 1 + h, m, live, shape)
     label = tl.full([GATHERED], 1.0, dtype=tl.float32)
-    q = gather_vectors(group.q, m, tile.VECTOR)  # [GATHERED, VECTOR]
+    q = gather_vectors(group.q, m, tile.VECTOR)
     return Rows(
         nothing + 1 + h, m, live, nothing, nothing > 0, nothing > 0, nothing + 2147483647, label, q, start
+    )  # fmt: skip
+
+
+@triton.jit
+def only(rows, live):
+    return Rows(
+        rows.h, rows.m, live, rows.own, rows.left_out, rows.opens, rows.following, rows.label, rows.q, rows.start
     )  # fmt: skip
 
 
@@ -192,7 +198,7 @@ def answers_for(n, rows):
 @triton.jit
 def direct_scores(k_n, n, rows, group, shape, tile):
     """[GATHERED, columns], -inf in invalid cells."""
-    s = tl.dot(rows.q, tl.trans(k_n), input_precision=tile.PRECISION) * group.scale
+    s = multiply(rows.q, k_n, tile) * group.scale
     end = tl.load(group.ends + rows.h.to(tl.int64)[:, None] * shape.padded + n[None, :])
     s += rows.start[:, None] + end
     s = tl.where(s >= FLOAT_MAX, float("inf"), s)
@@ -253,5 +259,5 @@ def direct_vectors(rows, terms, group, shape, tile):
         n = n_first + tl.arange(0, tile.BN)
         k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
         dx = direct_weights(direct_scores(k_n, n, rows, group, shape, tile), n, rows, terms)  # [GATHERED, BN]
-        d = tl.dot(dx.to(tile.TABLE), k_n.to(tile.TABLE), acc=d, input_precision=tile.PRECISION)
+        d = tl.dot(dx.to(tile.TABLE), k_n.x.to(tile.TABLE), acc=d, input_precision=tile.PRECISION)
     return d

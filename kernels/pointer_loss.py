@@ -3,16 +3,17 @@
 Where heads share q and k, the score of a span (m, n) is x_mn + start_hm + end_hn, with x_mn = scale * <R q_m, R k_n>:
 heads differ by what depends on m or on n alone. With rho_m = max_n x_mn and C_h = max_n end_hn, the sum over a row is
 
-    sum_n exp(s_hmn) = exp(bound_hm) (P V^T)_mh,    bound_hm = start_hm + C_h + rho_m,  P = exp(x - rho),  V = exp(end - C)
+    sum_n exp(s_hmn) = exp(bound_hm) (P V^T)_mh     bound_hm = start_hm + C_h + rho_m
+    P = exp(x - rho)        V = exp(end - C)
 
 one exponential for all heads, and a matrix product with the heads as columns: flash attention, unnormalised. The loss
-of a head is l_n + l_p, l_n = log(1 + sum_m of these). Backward, with g_h the upstream gradient and A = exp(bound - l_n):
+of a head is l_n + l_p, l_n = log(1 + sum_m of these). Backward, with g the upstream gradient and A = exp(bound - l_n):
 
     T = (g A)^T V           dx = P * T                          dstart_hm = g_h A_hm (P V^T)_mh
     dq = scale R^T dx R k   dk = scale R^T dx^T R q             dend_hn   = g_h V_hn (A P)_hn
 
-A mask is a bias of -inf, in start and in V, so that the sweeps know only triangle, band and the last kept token. rho may
-be too large: it is taken over columns that V then drops. All that matters is the bound of a row: a term is lost to
+A mask is a bias of -inf, in start and in V, so that the sweeps know only triangle, band and the last kept token. rho
+may be too large: it is taken over columns that V then drops. All that matters is the bound of a row: a term is lost to
 underflow below exp(bound - 87), which beside the 1 in the logarithm is nothing while the bound is below 50.
 
 DIRECT ROWS are those whose bound is above 50, the unsafe ones, and those with a listed span, where the span must not be
@@ -27,8 +28,8 @@ and its loss inf; its gradient is NaN in the cells that are inf, as the eager fo
     5  turn back   adds what direct rows give to dk and dend, and their dq; turns dq, dk back; dstart, each row's part
                    in the loss times g
 
-Whatever is summed is summed by one program in one order. A listed span costs no launch its critical path: 2 and 4 compute
-it in programs of its own, started first, while others sweep, longest rows and columns first; 5 only gathers it.
+Whatever is summed is summed by one program in one order. A listed span costs no launch its critical path: 2 and 4
+compute it in programs of its own, started first, while others sweep, longest rows and columns first; 5 only gathers it.
 Exponents are base e but for those of the sweeps, as exp2 is one instruction.
 """
 
@@ -50,6 +51,7 @@ from .cells import (
     load_kept,
     load_positions,
     load_vectors,
+    multiply,
     open_bias,
     open_tokens,
     power_of_two,
@@ -60,7 +62,6 @@ from .direct_rows import (
     LANES,
     NOWHERE,
     Listing,
-    Rows,
     Terms,
     direct_log_sums,
     direct_scores,
@@ -70,6 +71,7 @@ from .direct_rows import (
     load_rows,
     load_unsafe,
     log_rest,
+    only,
     safe,
     sort_spans,
     spans_of,
@@ -77,9 +79,8 @@ from .direct_rows import (
 )
 from .rotate import rotation, turn
 from .workspace import (
-    Group,
-    Tile,
     add_product,
+    at_heads,
     load_heads,
     multiply_heads,
     open_group,
@@ -166,7 +167,7 @@ def prepare_kernel(
     stride_ls, stride_lc, stride_t,
     tile, BLOCK: tl.constexpr, TOKENS: tl.constexpr, COUNTING: tl.constexpr,
 ):  # fmt: skip
-    """SORTED spans to a program, or LANES that are left unsorted, or TOKENS tokens of q and of k of a group, or one head of it."""
+    """SORTED spans to a program, or LANES left unsorted; or TOKENS tokens of q and of k; or a head of a group."""
     shape = open_shape(groups, heads, length, max_width, tile)
     at = tl.program_id(0) - sorters
     tiles = shape.padded // TOKENS
@@ -207,7 +208,6 @@ def prepare_kernel(
 def sweep_rows(group, m_first, h_first, shape, tile):
     """sums and pivots of BM rows, sums of HEADS heads."""
     m = m_first + tl.arange(0, tile.BM)
-    h = h_first + tl.arange(0, tile.HEADS)
     factor = group.scale * LOG2E
     q_m = load_vectors(group.q, m_first, tile.BM, tile.VECTOR)
     largest = tl.full([tile.BM], float("-inf"), dtype=tl.float32)
@@ -217,14 +217,14 @@ def sweep_rows(group, m_first, h_first, shape, tile):
         n = n_first + tl.arange(0, tile.BN)
         k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
         v_n = load_heads(group.exp_ends, h_first, n_first, tile.HEADS, tile.BN, shape.padded)
-        x = tl.dot(q_m, tl.trans(k_n), input_precision=tile.PRECISION)  # [BM, BN]
+        x = multiply(q_m, k_n, tile)  # [BM, BN]
         x = keep_valid(x, m[:, None], n[None, :], float("-inf"), shape.max_width, tile.TRIL)
         new = tl.minimum(tl.maximum(largest, tl.max(x, axis=1) * factor), FLOAT_MAX)
         p = tl.exp2(x * factor - safe(new)[:, None])  # [BM, BN]
         sums = add_product(sums * tl.exp2(largest - safe(new))[:, None], p, v_n, tile)  # [BM, HEADS]
         largest = new
     tl.store(group.pivots + m, safe(largest), mask=(m >= 0) & (h_first == 0))
-    tl.store(group.sums + h.to(tl.int64)[None, :] * shape.padded + m[:, None], sums)
+    tl.store(at_heads(group.sums, h_first, m_first, tile.HEADS, tile.BM, shape.padded), sums)
 
 
 @triton.jit
@@ -472,10 +472,10 @@ def sweep_back_rows(group, upstream, m_first, h_first, shape, tile):
         n = n_first + tl.arange(0, tile.BN)
         k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
         v_n = load_heads(group.exp_ends, h_first, n_first, tile.BACK_HEADS, tile.BN, shape.padded)
-        x = tl.dot(q_m, tl.trans(k_n), input_precision=tile.PRECISION)  # [BM, BN]
+        x = multiply(q_m, k_n, tile)  # [BM, BN]
         dx = tl.exp2(x * factor - pivot_m[:, None]) * multiply_heads(a_m, v_n, tile)
         dx = keep_valid(dx, m[:, None], n[None, :], 0.0, shape.max_width, tile.TRIL)
-        d_q = tl.dot(dx.to(tile.TABLE), k_n.to(tile.TABLE), acc=d_q, input_precision=tile.PRECISION)
+        d_q = tl.dot(dx.to(tile.TABLE), k_n.x.to(tile.TABLE), acc=d_q, input_precision=tile.PRECISION)
     return d_q
 
 
@@ -495,15 +495,15 @@ def sweep_back_columns(group, upstream, n_first, h_first, shape, tile):
         m = m_first + tl.arange(0, tile.BACK_BM)
         q_m = load_vectors(group.q, m_first, tile.BACK_BM, tile.VECTOR)
         a_m = load_heads(group.weights, h_first, m_first, tile.BACK_HEADS, tile.BACK_BM, shape.padded)
-        x = tl.dot(k_n, tl.trans(q_m), input_precision=tile.PRECISION)  # [BN, BACK_BM]
-        p = tl.exp2(x * factor - tl.load(group.pivots + m)[None, :])
+        x = multiply(k_n, q_m, tile)  # [BN, BACK_BM]
+        # At most 1, so that of a product of inf, whose row is direct, A = 0 leaves nothing.
+        p = tl.minimum(tl.exp2(x * factor - tl.load(group.pivots + m)[None, :]), 1.0)
         p = keep_valid(p, m[None, :], n[:, None], 0.0, shape.max_width, tile.TRIL)
         dx = (p * multiply_heads(v_n, a_m, tile)).to(tile.TABLE)
-        d_k = tl.dot(dx, q_m.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
+        d_k = tl.dot(dx, q_m.x.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
         d_end = add_product(d_end, p, a_m, tile)
-    at = h.to(tl.int64)[None, :] * shape.padded + n[:, None]
-    v_n = tl.load(group.exp_ends + at).to(tl.float32) * load_upstream(upstream, h, shape)[None, :]
-    return d_k, d_end * v_n
+    v_n = tl.load(at_heads(group.exp_ends, h_first, n_first, tile.BACK_HEADS, tile.BN, shape.padded))
+    return d_k, d_end * v_n.to(tl.float32) * load_upstream(upstream, h, shape)[None, :]
 
 
 @triton.jit
@@ -542,44 +542,18 @@ def sweep_back_kernel(
         first = at // blocks * tile.BM
         d = tl.arange(0, tile.VECTOR)[None, :]
         if (turn_of - listers) % 2 == 0:
-            m = (first + tl.arange(0, tile.BM)).to(tl.int64)
             d_q = sweep_back_rows(group, upstream, first, h_first, shape, tile)
-            tl.store(out.d_q + at % blocks * out.share + m[:, None] * tile.VECTOR + d, d_q)
+            to = out.d_q + at % blocks * out.share + tl.cast(first, tl.int64) * tile.VECTOR
+            tl.store(to + tl.arange(0, tile.BM)[:, None] * tile.VECTOR + d, d_q)
         else:
             first = shape.padded - tile.BN - first
-            n = (first + tl.arange(0, tile.BN)).to(tl.int64)
-            h = (h_first + tl.arange(0, tile.BACK_HEADS)).to(tl.int64)
             d_k, d_end = sweep_back_columns(group, upstream, first, h_first, shape, tile)
-            tl.store(out.d_k + at % blocks * out.share + n[:, None] * tile.VECTOR + d, d_k)
-            tl.store(out.d_ends + h[None, :] * shape.padded + n[:, None], d_end)
+            to = out.d_k + at % blocks * out.share + tl.cast(first, tl.int64) * tile.VECTOR
+            tl.store(to + tl.arange(0, tile.BN)[:, None] * tile.VECTOR + d, d_k)
+            tl.store(at_heads(out.d_ends, h_first, first, tile.BACK_HEADS, tile.BN, shape.padded), d_end)
 
 
 # --- launch 5: direct rows, and turning back -------------------------------------------------------------------------
-
-
-class Owned(NamedTuple):
-    """What a program of launch 5 owns: gradients of its tokens."""
-
-    token: Any
-    k: Any  # [TOKENS, VECTOR]: theirs
-    h: Any  # BACK_HEADS heads
-    d_q: Any  # [TOKENS, VECTOR]
-    d_k: Any
-    d_end: Any  # [BACK_HEADS, TOKENS]
-
-
-@triton.jit
-def open_owned(group, left, first, h_first, shape, tile, BLOCKS: tl.constexpr):
-    """With what launch 4 has left, summed over BLOCKS blocks of heads."""
-    token = first + tl.arange(0, tile.TOKENS)
-    h = h_first + tl.arange(0, tile.BACK_HEADS)
-    d_q = load_vectors(left.d_q, first, tile.TOKENS, tile.VECTOR)
-    d_k = load_vectors(left.d_k, first, tile.TOKENS, tile.VECTOR)
-    for block in tl.static_range(1, BLOCKS):
-        d_q += load_vectors(left.d_q + block * left.share, first, tile.TOKENS, tile.VECTOR)
-        d_k += load_vectors(left.d_k + block * left.share, first, tile.TOKENS, tile.VECTOR)
-    d_end = load_heads(left.d_ends, h_first, first, tile.BACK_HEADS, tile.TOKENS, shape.padded)
-    return Owned(token, load_vectors(group.k, first, tile.TOKENS, tile.VECTOR), h, d_q, d_k, d_end)
 
 
 @triton.jit
@@ -594,58 +568,95 @@ def unmark(x):
 
 
 @triton.jit
-def add_rows(owned, rows, terms, d_rows, group, shape, tile):
-    """owned, with what direct rows, whose dq is d_rows, give to its tokens."""
-    s = direct_scores(owned.k, owned.token, rows, group, shape, tile)
-    dx = direct_weights(s, owned.token, rows, terms)  # [GATHERED, TOKENS]
-    weights = tl.trans(dx.to(tile.TABLE))
-    d_k = tl.dot(weights, rows.q.to(tile.TABLE), acc=owned.d_k, input_precision=tile.PRECISION)
+def weigh(k, first, rows, terms, group, shape, tile):
+    """The gradient by the scores of direct rows at TOKENS tokens: [GATHERED, TOKENS]."""
+    token = first + tl.arange(0, tile.TOKENS)
+    return direct_weights(direct_scores(k, token, rows, group, shape, tile), token, rows, terms)
+
+
+@triton.jit
+def add_vectors(d_q, d_k, first, rows, d_rows, dx, tile):
+    """d_q, d_k [TOKENS, VECTOR], with what direct rows give, whose dq is d_rows and whose weights are dx."""
+    weights = tl.trans(dx.to(tile.TABLE))  # [TOKENS, GATHERED]
+    d_k = tl.dot(weights, rows.q.x.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
+    token = first + tl.arange(0, tile.TOKENS)
+    places = ((token[:, None] == rows.m[None, :]) & rows.live[None, :]).to(tl.float32)  # [TOKENS, GATHERED]
+    precision: tl.constexpr = "ieee" if tile.PRECISION == "ieee" else "tf32x3"
+    return tl.dot(places, mark(d_rows), acc=d_q, input_precision=precision), d_k
+
+
+@triton.jit
+def add_ends(d_end, h_first, rows, dx, tile):
+    """d_end [BACK_HEADS, TOKENS], with what direct rows give, whose weights are dx."""
     dx = mark(tl.where(rows.live[:, None], dx, 0.0))
     if tile.BACK_HEADS == 1:
-        d_end = owned.d_end + tl.sum(dx, axis=0)[None, :]
+        d_end += tl.sum(dx, axis=0)[None, :]
     else:
-        at_heads = (owned.h[:, None] == rows.h[None, :]).to(tile.TABLE)  # [BACK_HEADS, GATHERED]
-        d_end = tl.dot(at_heads, dx.to(tile.TABLE), acc=owned.d_end, input_precision=tile.PRECISION)
-    places = ((owned.token[:, None] == rows.m[None, :]) & rows.live[None, :]).to(tl.float32)  # [TOKENS, GATHERED]
-    precision: tl.constexpr = "ieee" if tile.PRECISION == "ieee" else "tf32x3"
-    d_q = tl.dot(places, mark(d_rows), acc=owned.d_q, input_precision=precision)
-    return Owned(owned.token, owned.k, owned.h, d_q, d_k, d_end)
+        h = h_first + tl.arange(0, tile.BACK_HEADS)
+        theirs = (h[:, None] == rows.h[None, :]).to(tile.TABLE)  # [BACK_HEADS, GATHERED]
+        d_end = tl.dot(theirs, dx.to(tile.TABLE), acc=d_end, input_precision=tile.PRECISION)
+    return d_end
 
 
 @triton.jit
-def add_listed(owned, spans, left, upstream, group, shape, tile):
-    d = tl.arange(0, tile.VECTOR)[None, :]
-    first, stop = spans_of(group, spans.count)
-    for p_first in range(first, stop, GATHERED):
-        p = p_first + tl.arange(0, GATHERED)
-        rows = load_rows(group, spans, p, stop, shape, tile)
-        at = left.d_listed + p.to(tl.int64)[:, None] * tile.VECTOR + d
-        d_rows = tl.load(at, mask=rows.live[:, None], other=0.0)  # [GATHERED, VECTOR]
-        owned = add_rows(owned, rows, load_terms(group, upstream, rows, shape), d_rows, group, shape, tile)
-    return owned
-
-
-@triton.jit
-def add_unsafe(owned, upstream, group, shape, tile):
+def most_unsafe(group, shape):
+    """The largest number of unsafe rows of a head."""
     at = tl.arange(0, LANES)
     most = 0
     for first in range(0, shape.heads, LANES):
         counts = tl.load(group.unsafe_counts + first + at, mask=first + at < shape.heads, other=0)
         most = tl.maximum(most, tl.max(counts, axis=0))
-    token_first = tl.min(owned.token, axis=0)
-    for h in range(0, tl.where(most > 0, shape.heads, 0)):
+    return most
+
+
+@triton.jit
+def vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS: tl.constexpr):
+    """dx R k and dx^T R q of TOKENS tokens: what launch 4 has left, summed over blocks of heads, and direct rows."""
+    d_q = load_vectors(left.d_q, first, tile.TOKENS, tile.VECTOR).x
+    d_k = load_vectors(left.d_k, first, tile.TOKENS, tile.VECTOR).x
+    for block in tl.static_range(1, BLOCKS):
+        d_q += load_vectors(left.d_q + block * left.share, first, tile.TOKENS, tile.VECTOR).x
+        d_k += load_vectors(left.d_k + block * left.share, first, tile.TOKENS, tile.VECTOR).x
+    k = load_vectors(group.k, first, tile.TOKENS, tile.VECTOR)
+    d = tl.arange(0, tile.VECTOR)[None, :]
+    listed, stop = spans_of(group, spans.count)
+    for p_first in range(listed, stop, GATHERED):
+        p = p_first + tl.arange(0, GATHERED)
+        rows = load_rows(group, spans, p, stop, shape, tile)
+        at = left.d_listed + p.to(tl.int64)[:, None] * tile.VECTOR + d
+        d_rows = tl.load(at, mask=rows.live[:, None], other=0.0)  # [GATHERED, VECTOR]
+        dx = weigh(k, first, rows, load_terms(group, upstream, rows, shape), group, shape, tile)
+        d_q, d_k = add_vectors(d_q, d_k, first, rows, d_rows, dx, tile)
+    for h in range(0, tl.where(most_unsafe(group, shape) > 0, shape.heads, 0)):
         count = tl.load(group.unsafe_counts + h)
-        for first in range(0, count, GATHERED):
-            rows = load_unsafe(group, h, first + tl.arange(0, GATHERED), count, shape, tile)
+        for i in range(0, count, GATHERED):
+            rows = load_unsafe(group, h, i + tl.arange(0, GATHERED), count, shape, tile)
             terms = load_terms(group, upstream, rows, shape)
-            here = rows.live & (rows.m >= token_first) & (rows.m < token_first + tile.TOKENS)
-            mine = Rows(
-                rows.h, rows.m, here, rows.own, rows.left_out, rows.opens, rows.following, rows.label, rows.q,
-                rows.start,
-            )  # fmt: skip
-            d_rows = direct_vectors(mine, terms, group, shape, tile)  # the others are 0
-            owned = add_rows(owned, rows, terms, d_rows, group, shape, tile)
-    return owned
+            here = rows.live & (rows.m >= first) & (rows.m < first + tile.TOKENS)
+            d_rows = direct_vectors(only(rows, here), terms, group, shape, tile)  # the others are 0
+            dx = weigh(k, first, rows, terms, group, shape, tile)
+            d_q, d_k = add_vectors(d_q, d_k, first, rows, d_rows, dx, tile)
+    return unmark(d_q), d_k
+
+
+@triton.jit
+def ends_of_tokens(group, left, spans, upstream, first, h_first, shape, tile):
+    """dend of TOKENS tokens and BACK_HEADS heads: what launch 4 has left, and direct rows."""
+    d_end = load_heads(left.d_ends, h_first, first, tile.BACK_HEADS, tile.TOKENS, shape.padded)
+    k = load_vectors(group.k, first, tile.TOKENS, tile.VECTOR)
+    listed, stop = spans_of(group, spans.count)
+    for p_first in range(listed, stop, GATHERED):
+        rows = load_rows(group, spans, p_first + tl.arange(0, GATHERED), stop, shape, tile)
+        dx = weigh(k, first, rows, load_terms(group, upstream, rows, shape), group, shape, tile)
+        d_end = add_ends(d_end, h_first, rows, dx, tile)
+    last = tl.minimum(h_first + tile.BACK_HEADS, shape.heads)
+    for h in range(h_first, tl.where(most_unsafe(group, shape) > 0, last, h_first)):
+        count = tl.load(group.unsafe_counts + h)
+        for i in range(0, count, GATHERED):
+            rows = load_unsafe(group, h, i + tl.arange(0, GATHERED), count, shape, tile)
+            dx = weigh(k, first, rows, load_terms(group, upstream, rows, shape), group, shape, tile)
+            d_end = add_ends(d_end, h_first, rows, dx, tile)
+    return unmark(d_end)
 
 
 @triton.jit
@@ -665,34 +676,37 @@ def turn_back_kernel(
     stride_ub, stride_uh, stride_pb, stride_pn,
     tile, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens of a group to a program, and BACK_HEADS heads of the biases. d_q, d_k [groups, N, SIZE]; d_start,
-    d_end [groups, heads, N]: contiguous."""
+    """TOKENS tokens of a group to a program: their vectors, or the biases of BACK_HEADS heads, so that neither has too
+    many registers. d_q, d_k [groups, N, SIZE]; d_start, d_end [groups, heads, N]: contiguous."""
     shape = open_shape(groups, heads, length, max_width, tile)
     i = tl.program_id(0) % groups
     first = tl.program_id(0) // groups * tile.TOKENS
     group = open_group(workspace, count, i, scale, shape, tile)
+    spans = open_spans(workspace, count, n_bits, h_bits)
     left = open_gradients(gradients, count, i, shape, tile)
     upstream = open_upstream(upstream, share, i, own_heads, heads, (stride_ub, stride_uh))
     token = first + tl.arange(0, tile.TOKENS)
-    angles = (0.0, 0.0)
-    if tile.ROPE:  # here, where loads are still on their way
-        position = load_positions(open_tokens(positions, i // own_heads, stride_pb, stride_pn), token, length)
-        angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
-    owned = open_owned(group, left, first, tl.program_id(1) * tile.BACK_HEADS, shape, tile, BLOCKS)
-    owned = add_listed(owned, open_spans(workspace, count, n_bits, h_bits), left, upstream, group, shape, tile)
-    owned = add_unsafe(owned, upstream, group, shape, tile)
-
-    h = owned.h.to(tl.int64)[:, None]
-    here = (h < heads) & (token < length)[None, :]
-    at = (tl.cast(i, tl.int64) * heads + h) * length + token[None, :]
-    parts = tl.load(group.sums + h * shape.padded + token[None, :], mask=here, other=0.0)  # [BACK_HEADS, TOKENS]
-    parts *= load_upstream(upstream, owned.h, shape)[:, None]
-    tl.store(d_start + at, parts.to(d_start.dtype.element_ty), mask=here)
-    tl.store(d_end + at, unmark(owned.d_end).to(d_end.dtype.element_ty), mask=here)
     if tl.program_id(1) == 0:
+        angles = (0.0, 0.0)
+        if tile.ROPE:  # here, where loads are still on their way
+            position = load_positions(open_tokens(positions, i // own_heads, stride_pb, stride_pn), token, length)
+            angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
+        of_q, of_k = vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS)
         of_group = tl.cast(i, tl.int64) * length * tile.SIZE
-        store_vectors(d_q + of_group, unmark(owned.d_q) * (scale * sign), token, angles, length, tile)
-        store_vectors(d_k + of_group, owned.d_k * scale, token, angles, length, tile)
+        store_vectors(d_q + of_group, of_q * (scale * sign), token, angles, length, tile)
+        store_vectors(d_k + of_group, of_k * scale, token, angles, length, tile)
+    else:
+        h_first = (tl.program_id(1) - 1) * tile.BACK_HEADS
+        h = h_first + tl.arange(0, tile.BACK_HEADS)
+        of_end = ends_of_tokens(group, left, spans, upstream, first, h_first, shape, tile)
+        of_start = load_heads(group.sums, h_first, first, tile.BACK_HEADS, tile.TOKENS, shape.padded)
+        of_start *= load_upstream(upstream, h, shape)[:, None]  # [BACK_HEADS, TOKENS]
+        at = (h - h_first)[:, None] * length + tl.arange(0, tile.TOKENS)[None, :]
+        d_start += (tl.cast(i, tl.int64) * heads + h_first) * length + first
+        d_end += (tl.cast(i, tl.int64) * heads + h_first) * length + first
+        here = (h < heads)[:, None] & (token < length)[None, :]
+        tl.store(d_start + at, of_start.to(d_start.dtype.element_ty), mask=here)
+        tl.store(d_end + at, of_end.to(d_end.dtype.element_ty), mask=here)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -828,10 +842,10 @@ def backward(
     dtype: torch.dtype,
     problem: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k [B, heads or 1, N, D], start and end [B, heads, N] in ``dtype``, that of these, contiguous, from
-    those of the losses, upstream [B, heads] times ``share``."""
+    """Gradients of q, k [B, heads or 1, N, D], start and end [B, heads, N] in ``dtype``, that of these, contiguous,
+    from those of the losses, upstream [B, heads] times ``share``."""
     workspace, shape = saved
-    batch, own_heads, length, size, heads, count = shape
+    batch, _, length, size, heads, count = shape
     d_q, d_k = (torch.empty(shape[:4], dtype=dtype, device=workspace.device) for _ in range(2))
     d_start, d_end = (torch.empty((batch, heads, length), dtype=dtype, device=workspace.device) for _ in range(2))
     if d_start.numel() == 0:
@@ -851,7 +865,7 @@ def backward(
             workspace, gradients, upstream, *sizes, scale, share, listers, *upstream.stride(), tile,
             num_warps=rule.back_warps, num_stages=rule.stages, **registers,
         )  # fmt: skip
-        turn_back_kernel[(sizes.groups * ((length + rule.tokens - 1) // rule.tokens), blocks)](
+        turn_back_kernel[(sizes.groups * ((length + rule.tokens - 1) // rule.tokens), 1 + blocks)](
             workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end, *sizes, scale, share, sign,
             *upstream.stride(), *_strides(positions, 2), tile, BLOCKS=blocks, num_warps=rule.direct_warps, **registers,
         )  # fmt: skip

@@ -3,8 +3,8 @@
     (x_2i, x_2i+1) -> (x_2i cos a - x_2i+1 sin a, x_2i+1 cos a + x_2i sin a),   a = position * 10000 ** (-2i / D)
 
 A position of 10^5 leaves float32 two digits of the angle. So angles are fixed-point numbers of turns, in int64, whose
-whole turns overflow by themselves and whose quarters only swap and negate cos and sin. What is left, an eighth of a turn
-at most, loses nothing in float32 and needs five terms of Taylor's series. Only the frequencies are made in float64.
+whole turns overflow by themselves and whose quarters only swap and negate cos and sin. What is left, an eighth of a
+turn at most, loses nothing in float32 and needs five terms of Taylor's series. Only the frequencies are float64.
 There is no table, and nothing else to launch.
 """
 

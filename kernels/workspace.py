@@ -27,6 +27,7 @@ class Tile(NamedTuple):
     BACK_HEADS: Any  # and backward; heads are padded to a multiple of it
     SIZE: Any  # D
     VECTOR: Any  # D, padded to a power of two
+    CHUNK: Any  # of it, in products of q and k
     DTYPE: Any  # of vectors
     TABLE: Any  # of tables: bfloat16 has the range of float32, but float16 holds neither P, V, A nor their products
     PRECISION: Any  # of products whose operands are float32
@@ -135,8 +136,15 @@ def open_group(workspace, count, group, scale, shape, tile):
 
 
 @triton.jit
+def at_heads(table, h_first, first, HEADS: tl.constexpr, TOKENS: tl.constexpr, padded):
+    """Where a table [padded heads, padded] has HEADS heads and TOKENS tokens: 128 heads of 2^24 tokens fit int32."""
+    at = tl.arange(0, HEADS)[None, :] * padded + tl.arange(0, TOKENS)[:, None]
+    return table + tl.cast(h_first, tl.int64) * padded + first + at  # [TOKENS, HEADS]
+
+
+@triton.jit
 def load_heads(table, h_first, first, HEADS: tl.constexpr, TOKENS: tl.constexpr, padded):
-    """Of a table [padded heads, padded] that of HEADS heads and TOKENS tokens: 128 heads of 2^24 tokens fit int32."""
+    """The same, transposed, which is how it lies."""
     at = tl.arange(0, HEADS)[:, None] * padded + tl.arange(0, TOKENS)[None, :]
     return tl.load(table + tl.cast(h_first, tl.int64) * padded + first + at)  # [HEADS, TOKENS]
 
@@ -147,11 +155,7 @@ def load_heads(table, h_first, first, HEADS: tl.constexpr, TOKENS: tl.constexpr,
 @triton.jit
 def multiply_heads(a, b, tile):
     """a [rows, heads] b [heads, columns]; a single head needs no matrix product."""
-    if a.shape[1] == 1:
-        x = a.to(tl.float32) * b.to(tl.float32)
-    else:
-        x = tl.dot(a, b, input_precision=tile.PRECISION)
-    return x
+    return a.to(tl.float32) * b.to(tl.float32) if a.shape[1] == 1 else tl.dot(a, b, input_precision=tile.PRECISION)
 
 
 @triton.jit
@@ -170,6 +174,7 @@ def add_product(sums, p, table, tile):
 class Plan(NamedTuple):
     """See Tile. Warps: of the sweep, of the sweeps back, of the launch that turns back."""
 
+    chunk: int
     bm: int
     bn: int
     back_bm: int
@@ -184,13 +189,14 @@ class Plan(NamedTuple):
 
 def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule."""
-    direct_warps = 16 if vector > 128 else 8
     if dtype == torch.bfloat16 and vector <= 128:
         heads = 1 if heads == 1 else min(128, max(16, power_of_two(heads)))
-        return Plan(64, 64, 32, 32 if heads < 128 else 16, min(64, heads), heads, 4, 4, 4, 3)
+        return Plan(vector, 64, 64, 32, 32, min(64, heads), heads, 4, 4, 4 if heads < 128 else 8, 3)
     # Three operands where tf32x3 multiplies: small tiles, eight warps, and always 64 heads, as fewer would spill.
     heads = 1 if heads == 1 else 64
-    return Plan(32, 32, 32, 16, heads, heads, 4, 8, direct_warps, 2)
+    if dtype == torch.float32 and vector > 64:
+        return Plan(16 if vector > 128 else 32, 32, 32, 32, 16, heads, heads, 8, 8, 8, 2)
+    return Plan(vector, 32, 32, 32, 16, heads, heads, 4, 8, 16 if vector > 128 else 8, 2)
 
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -198,8 +204,8 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 @lru_cache
 def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, hip: bool) -> tuple[Plan, Tile]:
-    """Cached not for its own sake: Triton finds a compiled kernel by its constants, and the same object is found without
-    comparing it field by field in Python."""
+    """Cached not for its own sake: Triton finds a compiled kernel by its constants, and the same object is found
+    without comparing it field by field in Python."""
     vector = max(16, power_of_two(size))
     rule = plan(vector, heads, dtype)
     precision = float32_precision()
@@ -207,7 +213,7 @@ def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, h
         precision = "tf32"  # which has all the digits of float16
     table = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     fields = (
-        rule.bm, rule.bn, rule.back_bm, rule.tokens, rule.heads, rule.back_heads, size, vector, DTYPES[dtype], table,
-        precision, rule.stages, tril, rope,
+        rule.bm, rule.bn, rule.back_bm, rule.tokens, rule.heads, rule.back_heads, size, vector, rule.chunk,
+        DTYPES[dtype], table, precision, rule.stages, tril, rope,
     )  # fmt: skip
     return rule, Tile(*map(tl.constexpr, fields))

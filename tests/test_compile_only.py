@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from flashpointer.kernels import (  # noqa: E402
     rotate,
     scale_rows,
     sparse_zlpr_loss,
+    workspace,
     zlpr_kl_div,
     zlpr_loss,
 )
@@ -151,33 +153,47 @@ def test_pointer_scores(
     assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)
 
 
+# Head sizes and heads that share q and k (1: none do) for each plan that plan() can pick.
+LOSSES = [
+    *((64, heads, torch.bfloat16) for heads in (1, 9, 30, 50, 100)),
+    (16, 9, torch.bfloat16),
+    (128, 100, torch.bfloat16),
+    *((size, heads, dtype) for dtype in (torch.float16, torch.float32) for size in (64, 256) for heads in (1, 9)),
+    *((256, heads, torch.bfloat16) for heads in (1, 9)),
+    *((128, heads, torch.float32) for heads in (1, 9)),
+    (16, 9, torch.float32),
+]
+
+
+def test_the_losses_reach_every_plan() -> None:
+    def plans(losses: Iterable[tuple[int, int, torch.dtype]]) -> set[workspace.Plan]:
+        return {workspace.plan(*loss)._replace(chunk=0) for loss in losses}
+
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert plans(product((16, 32, 64, 128, 256), range(1, 1000), dtypes)) == plans(LOSSES)
+
+
 @on_every_chip
-@pytest.mark.parametrize(
-    "head_size, scores_dtype",
-    [
-        *((64, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
-        *((16, dtype) for dtype in (torch.bfloat16, torch.float32)),
-        (256, torch.bfloat16),
-    ],
-    ids=str,
-)
-def test_pointer_loss(chip: str, head_size: int, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrix instructions in each of the three sweeps; eight launches from the inputs to all gradients."""
+@pytest.mark.parametrize("head_size, heads, scores_dtype", LOSSES, ids=str)
+def test_pointer_loss(
+    chip: str, head_size: int, heads: int, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five launches from the inputs to all gradients; matrix instructions in both sweeps and for direct rows."""
     monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
-    q, k = torch.empty(2, 2, 1, 128, head_size, dtype=scores_dtype)
-    start, end = torch.empty(2, 2, 9, 128, dtype=scores_dtype)
+    own_heads, heads = (9, 9) if heads == 1 else (1, heads)
+    q, k = torch.empty(2, 2, own_heads, 128, head_size, dtype=scores_dtype)
+    start, end = torch.empty(2, 2, heads, 128, dtype=scores_dtype)
     spans, labels = torch.empty(40, 4, dtype=torch.int64), torch.empty(40)
     problem = Problem(torch.empty(2, 128, dtype=torch.bool), None, True, True, 30, 0.125)
 
     def step() -> None:
-        _, saved = pointer_loss.forward(q, k, start, end, spans, labels, 9, problem)
-        pointer_loss.backward(torch.empty(2, 9), 1.0, saved, start, end, scores_dtype, problem)
+        _, saved = pointer_loss.forward(q, k, start, end, spans, labels, heads, problem)
+        pointer_loss.backward(torch.empty(2, heads), 1.0, saved, start, end, scores_dtype, problem)
 
     kernels = compile_for(chip, step)
-    assert len(kernels) == 8
-    sweeps = [kernel for kernel in kernels if kernel.name.startswith("pointer_loss")]
-    assert len(sweeps) == 3
-    assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)
+    names = [kernel.name.removesuffix("_kernel") for kernel in kernels]
+    assert names == ["prepare", "sweep", "combine", "sweep_back", "turn_back"]
+    assert all(kernel.count(MATRIX[chip]) > 0 for kernel in kernels[1:])
 
 
 @on_every_chip
