@@ -476,7 +476,7 @@ def sweep_back_rows(group, upstream, m_first, h_first, shape, tile):
         dx = tl.exp2(x * factor - pivot_m[:, None]) * multiply_heads(a_m, v_n, tile)
         dx = keep_valid(dx, m[:, None], n[None, :], 0.0, shape.max_width, tile.TRIL)
         d_q = tl.dot(dx.to(tile.TABLE), k_n.x.to(tile.TABLE), acc=d_q, input_precision=tile.PRECISION)
-    return d_q
+    return tl.where(pivot_m[:, None] == FLOAT_MAX, 0.0, d_q)  # a product was inf: the row is direct, and inf * 0 NaN
 
 
 @triton.jit
