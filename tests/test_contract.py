@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flashpointer as fp
 from flashpointer.agreement import compare, relative_error, run
+from flashpointer.ops import _register
 
 from .conftest import Place
 from .problems import CASES, OPS, any_problem, op_of, problem, value_of
@@ -189,3 +192,31 @@ def test_checkpointing(place: Place, case: str, reentrant: bool) -> None:
     expected = torch.autograd.grad(step(x), x)[0]
     checkpoint(step, x, use_reentrant=reentrant).backward()
     assert torch.equal(x.grad, expected)
+
+
+class Seen(TorchDispatchMode):
+    """The ops that pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_past_the_dispatcher_it_is_the_same(place: Place, case: str, reduction: str) -> None:
+    """Whoever watches sees an op, in backward too; where nobody does the same is computed without one."""
+    (op, _), inputs = op_of(case), any_problem(case, device=place.device)
+    if op != "pointer_scores":
+        inputs["reduction"] = reduction
+    plain = gradients(case, inputs)
+    with Seen() as seen:
+        watched = gradients(case, inputs)
+    assert any(name.startswith(f"flashpointer::{op}") for name in seen.names)
+    assert all(map(torch.equal, plain, watched))
+    with patch.object(_register, "_is_plain", lambda arguments: False):
+        assert all(map(torch.equal, plain, gradients(case, inputs)))

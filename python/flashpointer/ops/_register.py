@@ -1,7 +1,8 @@
 """How an op becomes one of PyTorch's: its schema, what computes it, its shapes, its derivative.
 
-An op is what ``torch.compile``, ``torch.export``, autograd and checkpointing see of a computation. By the low-level
-interface of torch.library, at half the cost of a call of ``custom_op``: docs/performance.md has the measured table.
+An op is what ``torch.compile``, ``torch.export``, tracers, modes and tensor subclasses see of a computation. Where
+there is none of these, a call goes past the dispatcher, as an autograd.Function of the same parts: of small tensors,
+and on a GPU, the wrapper is a good part of the time. docs/performance.md has the measured table.
 """
 
 from __future__ import annotations
@@ -24,14 +25,47 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers ``flashpointer::<schema>`` for every device, and returns it."""
+    """Registers ``flashpointer::<schema>`` for every device, and returns what calls it."""
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flashpointer::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"flashpointer::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.flashpointer, name).default
+    op = getattr(torch.ops.flashpointer, name).default
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = compute(*arguments)
+            if setup_context is not None:
+                setup_context(ctx, arguments, output)
+            return output
+
+    if backward is not None:
+        Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def call(*arguments: Any) -> Any:
+        if not _is_plain(arguments):
+            return op(*arguments)
+        return compute(*arguments) if backward is None else Direct.apply(*arguments)  # type: ignore[no-untyped-call]
+
+    return call
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether nobody but autograd has to know that this is an op: no tracer, mode, transform or subclass, and not the
+    meta device, which the fake serves."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tensors = (x for x in arguments if isinstance(x, torch.Tensor))
+    return not any(
+        type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta or _checks.is_batched(x) for x in tensors
+    )
 
 
 def register_pointer_op(
