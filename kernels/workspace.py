@@ -188,15 +188,17 @@ class Plan(NamedTuple):
 
 
 def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
-    """The launch parameters, by rule."""
+    """The launch parameters, by rule: the largest tiles that no chip spills."""
     if dtype == torch.bfloat16 and vector <= 128:
         heads = 1 if heads == 1 else min(128, max(16, power_of_two(heads)))
-        return Plan(vector, 64, 64, 32, 32, min(64, heads), heads, 4, 4, 4 if heads < 128 else 8, 3)
+        direct_warps = 8 if vector == 128 or heads == 128 else 4
+        return Plan(vector, 64, 64, 16 if vector == 128 else 32, 32, min(64, heads), heads, 4, 4, direct_warps, 3)
     # Three operands where tf32x3 multiplies: small tiles, eight warps, and always 64 heads, as fewer would spill.
     heads = 1 if heads == 1 else 64
+    direct_warps = 16 if vector > 128 else 8
     if dtype == torch.float32 and vector > 64:
-        return Plan(16 if vector > 128 else 32, 32, 32, 32, 16, heads, heads, 8, 8, 8, 2)
-    return Plan(vector, 32, 32, 32, 16, heads, heads, 4, 8, 16 if vector > 128 else 8, 2)
+        return Plan(16 if vector > 128 else 32, 32, 32, 32, 16, heads, heads, 8, 8, direct_warps, 2)
+    return Plan(vector, 32, 32, 32, 16, heads, heads, 4, 8, direct_warps, 2)
 
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -208,6 +210,8 @@ def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, h
     without comparing it field by field in Python."""
     vector = max(16, power_of_two(size))
     rule = plan(vector, heads, dtype)
+    if hip:  # where a warp is twice as wide
+        rule = rule._replace(num_warps=4, back_warps=4, direct_warps=4)
     precision = float32_precision()
     if dtype == torch.float16 and precision == "tf32x3":
         precision = "tf32"  # which has all the digits of float16

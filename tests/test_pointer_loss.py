@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +28,10 @@ FULL_SHAPES = [(2, 10, 300, 64), (1, 100, 130, 256), (1, 3, 700, 64), (20, 9, 64
 
 # On a CPU: of one sentence and 16 tokens, and of 5 direct rows at a time; forward keeps the first of them for backward.
 SMALL_TILES = patch.multiple(tiles, CELLS=200, HEIGHT=16, KEPT=4000)
+
+
+def pointer_kernels() -> Any:
+    return importlib.import_module("flashpointer.kernels.pointer_loss")
 
 
 def some_spans(shape: tuple[int, int, int, int], count: int, device: str) -> torch.Tensor:
@@ -169,6 +174,36 @@ def test_order_and_repetition_do_not_matter(place: Place) -> None:
     expected = evaluate({**inputs, "spans": once})
     for x, y in zip(evaluate({**inputs, "spans": once.flip(0).repeat(3, 1)}), expected, strict=True):
         assert relative_error(x, y) < 1e-6
+
+
+def test_many_spans_are_sorted_elsewhere(place: Place) -> None:
+    """In the order of the few: by PyTorch on a GPU, where counting would take quadratic time."""
+    inputs = {**problem((2, 3, 20, 16), device=place.device, count=30), "reduction": "none"}
+    inputs["span_labels"] = torch.rand(len(inputs["spans"]), device=place.device)
+    expected = evaluate(inputs)
+    with (
+        patch("flashpointer.kernels.pointer_loss.COUNTED", 8) if place.backend == "triton" else contextlib.nullcontext()
+    ):
+        for x, y in zip(evaluate(inputs), expected, strict=True):
+            assert torch.equal(x, y)
+        agree({**inputs, "span_labels": None})
+
+
+def test_padding_is_not_visited(place: Place) -> None:
+    """A batch padded to 192 tokens whose sentences have 64 computes the tiles of 64."""
+    if place.device == "cuda":
+        pytest.skip("kernels are counted where they are interpreted")
+    module, name = (pointer_kernels(), "keep_valid") if place.backend == "triton" else (tiles, "_products")
+    counts = []
+    for length in (64, 192):
+        inputs = problem((1, 2, length, 16), device=place.device, count=0)
+        inputs["spans"] = inputs["spans"][:0]
+        mask = torch.zeros(1, length, dtype=torch.bool)
+        mask[:, :64] = True
+        with patch.object(module, name, wraps=getattr(module, name)) as visited, SMALL_TILES:
+            evaluate({**inputs, "mask": mask, "tril_mask": False})
+        counts.append(visited.call_count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_spans_on_invalid_cells_leave_both_terms(place: Place) -> None:
