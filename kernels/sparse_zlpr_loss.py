@@ -44,13 +44,13 @@ def forward(
     """As ``zlpr_loss.forward``, with positives [outer, inner, listed] in place of labels."""
     outer, inner, classes = scores.shape
     rows, listed = outer * inner, positives.shape[-1]
-    width = triton.cdiv(classes, 32)
+    width = -(-classes // 32)
     words = torch.empty((outer, inner, width), dtype=torch.int32, device=scores.device)
     if words.numel() > 0:
-        block = min(256, triton.next_power_of_2(width))
+        block = min(256, zlpr_loss.power_of_2(width))
         together = 256 // block
         with torch.cuda.device_of(scores):
-            pack_positives_kernel[(triton.cdiv(rows, together), triton.cdiv(width, block))](
+            pack_positives_kernel[(-(-rows // together), -(-width // block))](
                 positives, words, rows, inner, listed, classes, width, ignore_index, *positives.stride(),
                 ROWS=together, BLOCK=block, num_warps=4,
             )  # fmt: skip

@@ -1,16 +1,17 @@
 """The ZLPR loss of each row, and its gradient in the same pass.
 
-A label t_i is a weight inside the exponent, so with a_i = s_i + log(1 - t_i) and b_i = -s_i + log t_i, both -inf where
-the cell is left out,
+With scores s_i and labels t_i in [0, 1]
 
-    l_n = log(1 + sum_i exp(a_i))        l_p = log(1 + sum_i exp(b_i))        loss = l_n + l_p
-    dloss/ds_i = exp(a_i - l_n) - exp(b_i - l_p)
+    l_n = log(1 + sum_i (1 - t_i) exp(s_i))      l_p = log(1 + sum_i t_i exp(-s_i))      loss = l_n + l_p
+    dloss/ds_i = (1 - t_i) exp(s_i - l_n) - t_i exp(-s_i - l_p)
 
-The 1 inside each logarithm stands for a score of 0, the threshold, so a pivot m = max(0, max_i a_i) is finite even
-where every cell is left out, and l = m + log1p(S + expm1(-m)) with S = sum_i exp(a_i - m) keeps a small loss exact: no
-digits cancel, for where m > 0 the largest term alone makes S >= 1. (Of a pivot that left out the weights S would be as
-small as they are, and S + expm1(-m) as near to -1.) The gradient is exp(a_i - m) / (S + exp(-m)): the sums carry digits
-that a large l has rounded away.
+Each sum is taken under a pivot m, as S = sum_i (1 - t_i) exp(s_i - m). The 1 inside the logarithm stands for a score
+of 0, the threshold: with u = max(m, 0) and x = S exp(m - u) + expm1(-u) the term is l = u + log1p(x), which keeps a
+small loss exact, and exp(m - u) / (1 + x) = exp(m - l) turns the summed exponentials into the gradient, with digits
+that a large l has rounded away. The two terms take one logarithm, for (1 + x) (1 + y) is 1 + x (1 + y) + y.
+
+The largest term must make S >= 1, or S - 1 would cancel where m > 0. So the weight is part of the pivot: m is the
+largest s_i + log(1 - t_i), or a little less, as far as the bits of 1 - t_i tell its logarithm.
 
 A row that fits a block is read once. A longer row is swept twice: log-sums, then gradient. Where such rows are too few
 to fill a GPU each is split over several programs, whose partial sums are merged in a fixed order.
@@ -18,13 +19,64 @@ to fill a GPU each is split over several programs, whose partial sums are merged
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+# --- what belongs together -----------------------------------------------------------------------------------------
+
+
+class Strided(NamedTuple):
+    """A tensor [outer, inner, classes]; or its part from one row on, or from each of the rows [ROWS, 1] on."""
+
+    ptr: Any  # None for a tensor that is not there
+    stride_o: Any
+    stride_i: Any
+    stride_c: Any
+
+
+class Inputs(NamedTuple):
+    scores: Any
+    labels: Any
+    mask: Any
+
+
+class Columns(NamedTuple):
+    """Columns start..stop of a row whose gradient begins at grad."""
+
+    grad: Any
+    start: Any
+    stop: Any
+
+
+class Cells(NamedTuple):
+    """A tile."""
+
+    n: Any  # hard labels: scores of the negatives, -inf in the other cells. Soft ones: scores, -inf in cells left out
+    p: Any  # hard labels: scores of the positives, +inf in the other cells. Soft ones: the same as n
+    t: Any  # soft labels, 0 in cells left out; None for hard ones
+
+
+class Terms(NamedTuple):
+    """Something of each of the two terms of the loss: of the negatives, of the positives."""
+
+    n: Any
+    p: Any
+
+
+class LogSum(NamedTuple):
+    """A term l = u + log1p(x), and f / (1 + x) = exp(m - l)."""
+
+    u: Any
+    x: Any
+    f: Any
 
 
 # --- mathematics ---------------------------------------------------------------------------------------------------
@@ -32,141 +84,223 @@ FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def pivot(exponents, axis: tl.constexpr):
-    """max(0, max of the exponents), kept below inf: then exp(inf - pivot) is inf, and not the NaN of inf - inf."""
-    return tl.minimum(tl.maximum(tl.max(exponents, axis=axis), 0.0), FLOAT_MAX)
+    """The largest of the exponents, in whole sixteenths, so that less is rounded of what it is taken from; but finite:
+    exp(inf - pivot) is inf, exp(-inf - pivot) is 0, and neither is a NaN."""
+    largest = tl.floor(tl.max(exponents, axis=axis) * 16.0) / 16.0
+    return tl.minimum(tl.maximum(largest, -FLOAT_MAX), FLOAT_MAX)
+
+
+@triton.jit
+def exp_times(x, power: tl.constexpr):
+    """2^power exp(x), bounded, and to full precision, as exp2(x log2(e)) is not far from 0: with log 2 in two parts."""
+    x = tl.clamp(x, -150.0, 104.0, propagate_nan=tl.PropagateNan.ALL)
+    k = tl.floor(x * LOG2_E + 0.5)
+    rest = x - k * 0.693359375 + k * 2.12194440054690583e-4
+    return tl.exp2(k + power) * tl.exp2(rest * LOG2_E)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of x >= 0 to full precision, for want of a native one: of 1 + x, and of what its rounding took."""
+    one_plus = 1.0 + x
+    return tl.where(one_plus == float("inf"), one_plus, tl.log(one_plus) + (x - (one_plus - 1.0)) / one_plus)
+
+
+@triton.jit
+def log_sum(m, S):
+    f = exp_times(-tl.abs(m), 0)
+    return LogSum(tl.maximum(m, 0.0), tl.where(m > 0, S + (f - 1.0), S * f), tl.where(m > 0, 1.0, f))
 
 
 @triton.jit
 def log_term(m, S):
-    """m + log1p(S + expm1(-m)). x * log(1 + x) / ((1 + x) - 1) is log1p to full precision, for want of a native one."""
-    x = S + (tl.exp(-m) - 1.0)
-    one_plus = 1.0 + x
-    shifted = one_plus - 1.0
-    large = (shifted == 0.0) | (one_plus == float("inf"))
-    log1p = tl.where(
-        large, tl.where(shifted == 0.0, x, one_plus), x * (tl.log(one_plus) / tl.where(large, 1.0, shifted))
-    )
-    return m + log1p
+    l = log_sum(m, S)
+    return l.u + log1p(l.x)
 
 
 @triton.jit
-def inverse_sum(m, S):
-    """exp(m - l): what turns exp(s - m) into the gradient."""
-    return 1.0 / (S + tl.exp(-m))
+def log_sums(m, S):
+    return Terms(log_sum(m.n, S.n), log_sum(m.p, S.p))
 
 
 @triton.jit
-def log_weight(t):
-    """log(t) of labels down to the least subnormal, where a native logarithm may take them for 0."""
-    tiny = t < 1e-30
-    return tl.log(tl.where(tiny, t * 1.8446744073709552e19, t)) - tl.where(tiny, 44.3614195558365, 0.0)  # 2^64
+def total_loss(l):
+    loss = l.n.u + l.p.u + log1p(l.n.x * (1.0 + l.p.x) + l.p.x)
+    return tl.where(tl.maximum(l.n.u, l.p.u) < FLOAT_MAX, loss, loss + float("inf"))  # of a score of inf; NaN stays one
 
 
 @triton.jit
-def load_exponents(
-    scores, labels, mask, col, inside, stride_scores, stride_labels, stride_mask,
-    LABELS: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
-    """One tile: the exponents a of the negatives and b of the positives. A cell is left out by a score of -inf, whether
-    it came with one, lies beyond the row or is masked; one with a label that is none gets a NaN, which the loss of its
-    row shows."""
-    s = tl.load(scores + col.to(tl.int64) * stride_scores, mask=inside, other=float("-inf")).to(tl.float32)
-    if HAS_MASK:
-        kept = tl.load(mask + col.to(tl.int64) * stride_mask, mask=inside, other=0)
-        s = tl.where(kept != 0, s, float("-inf"))
+def shares(l, grad_scale):
+    """grad_scale * exp(m - l): what turns exponentials into the gradient."""
+    return Terms(l.n.f / (1.0 + l.n.x) * grad_scale, l.p.f / (1.0 + l.p.x) * grad_scale)
+
+
+@triton.jit
+def log_from_below(w):
+    """log w of a normal w > 0, or up to 0.06 less: the bits of a float, as an integer, are 2^23 (127 + log2 w), but for
+    the mantissa, which they count linearly."""
+    return w.to(tl.int32, bitcast=True).to(tl.float32) * (LN_2 / 8388608.0) - 127.0 * LN_2
+
+
+# --- a tile --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def advance(x, o, i):
+    if x.ptr is None:
+        return x
+    else:
+        return Strided(x.ptr + o * x.stride_o + i * x.stride_i, x.stride_o, x.stride_i, x.stride_c)
+
+
+@triton.jit
+def row_at(x, o, i):
+    """The inputs from the row at (o, i) on, two int64; or from rows, i [ROWS, 1]."""
+    return Inputs(advance(x.scores, o, i), advance(x.labels, o, i), advance(x.mask, o, i))
+
+
+@triton.jit
+def load(x, col, inside, other):
+    return tl.load(x.ptr + col.to(tl.int64) * x.stride_c, mask=inside, other=other)
+
+
+@triton.jit
+def load_labels(labels, col, inside, LABELS: tl.constexpr):
     if LABELS == "packed":
-        word = tl.load(labels + (col // 32) * stride_labels, mask=inside, other=0)
-        t = (word >> (col % 32)) & 1
+        return (load(labels, col // 32, inside, 0) >> (col % 32)) & 1
+    elif LABELS == "soft":
+        return load(labels, col, inside, 0).to(tl.float32)
     else:
-        t = tl.load(labels + col.to(tl.int64) * stride_labels, mask=inside, other=0)
+        return load(labels, col, inside, 0)
+
+
+@triton.jit
+def load_cells(row, col, inside, LABELS: tl.constexpr):
+    """A cell is left out by a score of -inf, whether it came so, lies beyond the row or is masked; one whose label
+    is none gets a NaN, which the loss of its row shows."""
+    s = load(row.scores, col, inside, float("-inf")).to(tl.float32)
+    if row.mask.ptr is not None:
+        s = tl.where(load(row.mask, col, inside, 0) != 0, s, float("-inf"))
+    t = load_labels(row.labels, col, inside, LABELS)
+    if LABELS == "soft" or LABELS == "integer":
+        valid = ((t >= 0) & (t <= 1)) if LABELS == "soft" else ((t == 0) | (t == 1))
+        s = tl.where(t == -100, float("-inf"), s)
+        s = tl.where((s == float("-inf")) | valid, s, float("nan"))
+    kept = s != float("-inf")
     if LABELS == "soft":
-        t = t.to(tl.float32)
-        s = tl.where(t == -100.0, float("-inf"), s)
-        s = tl.where((s == float("-inf")) | ((t >= 0.0) & (t <= 1.0)), s, float("nan"))
-        a = tl.where((t == 1.0) | (s == float("-inf")), float("-inf"), s + tl.log(1.0 - t))  # inf + log 0 is NaN
-        b = log_weight(t) - s
+        return Cells(s, s, tl.where(kept, t, 0.0))
     else:
-        if LABELS == "integer":
-            s = tl.where(t == -100, float("-inf"), s)
-            s = tl.where((s == float("-inf")) | (t == 0) | (t == 1), s, float("nan"))
-        a = tl.where(t != 0, float("-inf"), s)
-        b = tl.where(t != 0, -s, float("-inf"))
-    return a, tl.where(s == float("-inf"), float("-inf"), b)
+        positive = (t != 0) & kept
+        return Cells(tl.where(positive, float("-inf"), s), tl.where(positive, s, float("inf")), None)
 
 
 @triton.jit
-def sweep_log_sums(
-    scores, labels, mask, start, stop, stride_scores, stride_labels, stride_mask,
-    LABELS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Online (pivot, sum) of both terms over columns start..stop of one row."""
-    m_n = 0.0
-    m_p = 0.0
-    S_n = tl.zeros([BLOCK], dtype=tl.float32)  # summed over the block once, at the end
-    S_p = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(start, stop, BLOCK):
-        col = first + tl.arange(0, BLOCK)
-        a, b = load_exponents(
-            scores, labels, mask, col, col < stop, stride_scores, stride_labels, stride_mask, LABELS, HAS_MASK
-        )
-        m = tl.maximum(m_n, pivot(a, 0))
-        S_n = S_n * tl.exp(m_n - m) + tl.exp(a - m)
-        m_n = m
-        m = tl.maximum(m_p, pivot(b, 0))
-        S_p = S_p * tl.exp(m_p - m) + tl.exp(b - m)
-        m_p = m
-    return m_n, tl.sum(S_n, axis=0), m_p, tl.sum(S_p, axis=0)
+def pivots(x, axis: tl.constexpr):
+    if x.t is None:
+        return Terms(pivot(x.n, axis), pivot(-x.p, axis))
+    else:
+        n = tl.where(x.t == 1.0, float("-inf"), x.n + log_from_below(1.0 - x.t))
+        log_t = log_from_below(x.t * 16777216.0) - 24.0 * LN_2  # t 2^24 is normal where t is not
+        return Terms(pivot(n, axis), pivot(tl.where(x.t == 0.0, float("-inf"), log_t - x.p), axis))
 
 
 @triton.jit
-def sweep_gradient(
-    scores, labels, mask, grad, start, stop, stride_scores, stride_labels, stride_mask,
-    m_n, S_n, m_p, S_p, grad_scale,
-    LABELS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of columns start..stop of one row, from the (pivot, sum) of both its terms."""
-    share_n = inverse_sum(m_n, S_n) * grad_scale
-    share_p = inverse_sum(m_p, S_p) * grad_scale
+def exponentials(x, m):
+    """Weights and all, by exp2: one instruction, which makes 0 of what is below 2^-126. The exponent s - m is exact, as
+    s log2(e) - m log2(e) would not be."""
+    if x.t is None:
+        return Terms(tl.exp2((x.n - m.n) * LOG2_E), tl.exp2((x.p + m.p) * -LOG2_E))
+    else:  # of 1 - t >= 2^-24 or 0 the exponent is at most 24, or anything: it is bounded, for 0 * inf is NaN
+        n = (1.0 - x.t) * tl.exp2(tl.minimum((x.n - m.n) * LOG2_E, 25.0, propagate_nan=tl.PropagateNan.ALL))
+        return Terms(n, x.t * 16777216.0 * exp_times(-x.p - m.p, -24))
+
+
+@triton.jit
+def sums(e, axis: tl.constexpr):
+    return Terms(tl.sum(e.n, axis=axis), tl.sum(e.p, axis=axis))
+
+
+@triton.jit
+def gradient(e, share):
+    return e.n * share.n - e.p * share.p
+
+
+# --- sweeps over the tiles of a row --------------------------------------------------------------------------------
+
+
+@triton.jit
+def sweep_log_sums(row, start, stop, LABELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Pivots and sums over columns start..stop of a row."""
+    m_n = -FLOAT_MAX
+    m_p = -FLOAT_MAX
+    S_n = 0.0
+    S_p = 0.0
     for first in range(start, stop, BLOCK):
-        col = first + tl.arange(0, BLOCK)
-        inside = col < stop
-        a, b = load_exponents(
-            scores, labels, mask, col, inside, stride_scores, stride_labels, stride_mask, LABELS, HAS_MASK
-        )
-        g = tl.exp(a - m_n) * share_n - tl.exp(b - m_p) * share_p
-        tl.store(grad + col, g.to(grad.dtype.element_ty), mask=inside)
+        col = first + tl.arange(0, BLOCK)  # [BLOCK]
+        cells = load_cells(row, col, col < stop, LABELS)
+        of_tile = pivots(cells, 0)
+        m = Terms(tl.maximum(m_n, of_tile.n), tl.maximum(m_p, of_tile.p))
+        S = sums(exponentials(cells, m), 0)
+        S_n = S_n * tl.exp(m_n - m.n) + S.n
+        S_p = S_p * tl.exp(m_p - m.p) + S.p
+        m_n = m.n
+        m_p = m.p
+    return Terms(m_n, m_p), Terms(S_n, S_p)
+
+
+@triton.jit
+def sweep_gradient(row, columns, m, share, LABELS: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of some columns of a row."""
+    for first in range(columns.start, columns.stop, BLOCK):
+        col = first + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = col < columns.stop
+        g = gradient(exponentials(load_cells(row, col, inside, LABELS), m), share)
+        tl.store(columns.grad + col, g.to(columns.grad.dtype.element_ty), mask=inside)
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def column(x):
+    """[ROWS, 1] of [ROWS]."""
+    return Terms(x.n[:, None], x.p[:, None])
+
+
+@triton.jit
 def zlpr_block_kernel(
     scores, labels, mask, loss, grad,
-    rows, inner, classes, grad_scale,
+    inner, classes, grad_scale,
     stride_so, stride_si, stride_sc, stride_lo, stride_li, stride_lc, stride_mo, stride_mi, stride_mc,
-    LABELS: tl.constexpr, HAS_MASK: tl.constexpr, WITH_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows that fit one block, ROWS of them to a program: one read of scores and labels, one write of the gradient."""
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]  # [ROWS, 1]
+    inputs = Inputs(
+        Strided(scores, stride_so, stride_si, stride_sc),
+        Strided(labels, stride_lo, stride_li, stride_lc),
+        Strided(mask, stride_mo, stride_mi, stride_mc),
+    )
+    groups = tl.cdiv(inner, ROWS)
+    o = (tl.program_id(0) // groups).to(tl.int64)
+    i = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    i = tl.minimum(i, inner - 1).to(tl.int64)  # past the last row that one again: no cell needs a mask for its row
     col = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    inside = (row < rows) & (col < classes)
-    o = row // inner
-    i = row % inner
-    a, b = load_exponents(
-        scores + o * stride_so + i * stride_si, labels + o * stride_lo + i * stride_li,
-        mask + o * stride_mo + i * stride_mi, col, inside, stride_sc, stride_lc, stride_mc, LABELS, HAS_MASK,
-    )  # fmt: skip
-    m_n = pivot(a, 1)[:, None]  # [ROWS, 1]
-    m_p = pivot(b, 1)[:, None]
-    e_n = tl.exp(a - m_n)  # [ROWS, BLOCK]
-    e_p = tl.exp(b - m_p)
-    S_n = tl.sum(e_n, axis=1)[:, None]
-    S_p = tl.sum(e_p, axis=1)[:, None]
-    tl.store(loss + row, log_term(m_n, S_n) + log_term(m_p, S_p), mask=row < rows)
+    inside = col < classes
+    cells = load_cells(row_at(inputs, o, i), col, inside, LABELS)  # [ROWS, BLOCK]
+    m = column(pivots(cells, 1))  # [ROWS, 1]
+    e = exponentials(cells, m)  # [ROWS, BLOCK]
+    l = log_sums(m, column(sums(e, 1)))  # [ROWS, 1]
+    row = o * inner + i
+    tl.store(loss + row, total_loss(l))
     if WITH_GRAD:
-        g = e_n * (inverse_sum(m_n, S_n) * grad_scale) - e_p * (inverse_sum(m_p, S_p) * grad_scale)
+        g = gradient(e, shares(l, grad_scale))
         tl.store(grad + row * classes + col, g.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_of_program(inner):
+    row = tl.program_id(0)
+    return (row // inner).to(tl.int64), (row % inner).to(tl.int64)
 
 
 @triton.jit
@@ -174,22 +308,22 @@ def zlpr_sweep_kernel(
     scores, labels, mask, loss, grad,
     inner, classes, grad_scale,
     stride_so, stride_si, stride_sc, stride_lo, stride_li, stride_lc, stride_mo, stride_mi, stride_mc,
-    LABELS: tl.constexpr, HAS_MASK: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A long row to a program: log-sums in a first sweep, gradient in a second, which finds the row in cache."""
-    row = tl.program_id(0).to(tl.int64)
-    scores += (row // inner) * stride_so + (row % inner) * stride_si
-    labels += (row // inner) * stride_lo + (row % inner) * stride_li
-    mask += (row // inner) * stride_mo + (row % inner) * stride_mi
-    m_n, S_n, m_p, S_p = sweep_log_sums(
-        scores, labels, mask, 0, classes, stride_sc, stride_lc, stride_mc, LABELS, HAS_MASK, BLOCK
+    inputs = Inputs(
+        Strided(scores, stride_so, stride_si, stride_sc),
+        Strided(labels, stride_lo, stride_li, stride_lc),
+        Strided(mask, stride_mo, stride_mi, stride_mc),
     )
-    tl.store(loss + row, log_term(m_n, S_n) + log_term(m_p, S_p))
+    o, i = row_of_program(inner)
+    row = row_at(inputs, o, i)
+    m, S = sweep_log_sums(row, 0, classes, LABELS, BLOCK)
+    l = log_sums(m, S)
+    tl.store(loss + o * inner + i, total_loss(l))
     if WITH_GRAD:
-        sweep_gradient(
-            scores, labels, mask, grad + row * classes, 0, classes, stride_sc, stride_lc, stride_mc,
-            m_n, S_n, m_p, S_p, grad_scale, LABELS, HAS_MASK, BLOCK,
-        )  # fmt: skip
+        columns = Columns(grad + (o * inner + i) * classes, 0, classes)
+        sweep_gradient(row, columns, m, shares(l, grad_scale), LABELS, BLOCK)
 
 
 @triton.jit
@@ -197,31 +331,29 @@ def zlpr_partial_kernel(
     scores, labels, mask, partials,
     inner, classes, chunk,
     stride_so, stride_si, stride_sc, stride_lo, stride_li, stride_lc, stride_mo, stride_mi, stride_mc,
-    LABELS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of a long row to a program: its (m_n, S_n, m_p, S_p) goes to partials [rows, splits, 4]."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    scores += (row // inner) * stride_so + (row % inner) * stride_si
-    labels += (row // inner) * stride_lo + (row % inner) * stride_li
-    mask += (row // inner) * stride_mo + (row % inner) * stride_mi
-    start = split * chunk
-    m_n, S_n, m_p, S_p = sweep_log_sums(
-        scores, labels, mask, start, tl.minimum(start + chunk, classes), stride_sc, stride_lc, stride_mc,
-        LABELS, HAS_MASK, BLOCK,
-    )  # fmt: skip
-    partials += (row * tl.num_programs(1) + split) * 4
-    tl.store(partials, m_n)
-    tl.store(partials + 1, S_n)
-    tl.store(partials + 2, m_p)
-    tl.store(partials + 3, S_p)
+    """A chunk of a long row to a program: its m_n, S_n, m_p, S_p go to partials [rows, splits, 4]."""
+    inputs = Inputs(
+        Strided(scores, stride_so, stride_si, stride_sc),
+        Strided(labels, stride_lo, stride_li, stride_lc),
+        Strided(mask, stride_mo, stride_mi, stride_mc),
+    )
+    o, i = row_of_program(inner)
+    start = tl.program_id(1) * chunk
+    m, S = sweep_log_sums(row_at(inputs, o, i), start, tl.minimum(start + chunk, classes), LABELS, BLOCK)
+    partials += ((o * inner + i) * tl.num_programs(1) + tl.program_id(1)) * 4
+    tl.store(partials, m.n)
+    tl.store(partials + 1, S.n)
+    tl.store(partials + 2, m.p)
+    tl.store(partials + 3, S.p)
 
 
 @triton.jit
 def merge_partials(partials, splits, SPLITS: tl.constexpr):
-    """The (pivot, sum) of a row from those of its chunks, all at once and so always in the same order."""
+    """The pivot and the sum of a row from those of its chunks, all at once and so always in the same order."""
     split = tl.arange(0, SPLITS)
-    m = tl.load(partials + split * 4, mask=split < splits, other=0.0)
+    m = tl.load(partials + split * 4, mask=split < splits, other=-FLOAT_MAX)  # [SPLITS]
     S = tl.load(partials + split * 4 + 1, mask=split < splits, other=0.0)
     m_all = tl.max(m, axis=0)
     return m_all, tl.sum(S * tl.exp(m - m_all), axis=0)
@@ -232,25 +364,26 @@ def zlpr_merge_kernel(
     scores, labels, mask, partials, loss, grad,
     inner, classes, chunk, splits, grad_scale,
     stride_so, stride_si, stride_sc, stride_lo, stride_li, stride_lc, stride_mo, stride_mi, stride_mc,
-    LABELS: tl.constexpr, HAS_MASK: tl.constexpr, WITH_GRAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each program merges its row's partials; the first stores the loss, each writes the gradient of its chunk."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    partials += row * splits * 4
+    inputs = Inputs(
+        Strided(scores, stride_so, stride_si, stride_sc),
+        Strided(labels, stride_lo, stride_li, stride_lc),
+        Strided(mask, stride_mo, stride_mi, stride_mc),
+    )
+    o, i = row_of_program(inner)
+    partials += (o * inner + i) * splits * 4
     m_n, S_n = merge_partials(partials, splits, SPLITS)
     m_p, S_p = merge_partials(partials + 2, splits, SPLITS)
-    if split == 0:
-        tl.store(loss + row, log_term(m_n, S_n) + log_term(m_p, S_p))
+    m = Terms(m_n, m_p)
+    l = log_sums(m, Terms(S_n, S_p))
+    if tl.program_id(1) == 0:
+        tl.store(loss + o * inner + i, total_loss(l))
     if WITH_GRAD:
-        start = split * chunk
-        sweep_gradient(
-            scores + (row // inner) * stride_so + (row % inner) * stride_si,
-            labels + (row // inner) * stride_lo + (row % inner) * stride_li,
-            mask + (row // inner) * stride_mo + (row % inner) * stride_mi,
-            grad + row * classes, start, tl.minimum(start + chunk, classes), stride_sc, stride_lc, stride_mc,
-            m_n, S_n, m_p, S_p, grad_scale, LABELS, HAS_MASK, BLOCK,
-        )  # fmt: skip
+        start = tl.program_id(1) * chunk
+        columns = Columns(grad + (o * inner + i) * classes, start, tl.minimum(start + chunk, classes))
+        sweep_gradient(row_at(inputs, o, i), columns, m, shares(l, grad_scale), LABELS, BLOCK)
 
 
 # --- launcher ------------------------------------------------------------------------------------------------------
@@ -266,19 +399,31 @@ class Plan(NamedTuple):
 
 
 LONGEST_BLOCK = 8192
-SWEEP_BLOCK = 1024
+SWEEP_BLOCK = 2048
 # Enough programs to fill the largest GPU of today several times over, without asking the driver how large this one is.
 ENOUGH_PROGRAMS = 2048
 
 
-def plan(rows: int, classes: int) -> Plan:
-    """The launch parameters for a shape, by rule."""
-    if classes <= LONGEST_BLOCK:
-        block = max(16, triton.next_power_of_2(classes))
-        together = max(1, 1024 // block)
-        return Plan(together, block, 0, max(4, block // 512))
-    blocks = triton.cdiv(classes, SWEEP_BLOCK)
-    return Plan(1, SWEEP_BLOCK, min(blocks, max(1, ENOUGH_PROGRAMS // max(1, rows))), 4)
+def plan(rows: int, classes: int, kind: str = "bool") -> Plan:
+    """The launch parameters for a shape and a kind of labels, by rule.
+
+    The more cells a thread has, the less of its work is what a row costs once, until they take too many registers: in
+    the longest block all but bool labels do. Where no 16 bytes divide a row each cell is a load, with a predicate.
+    """
+    if classes > LONGEST_BLOCK:
+        blocks = -(-classes // SWEEP_BLOCK)
+        return Plan(1, SWEEP_BLOCK, min(blocks, max(1, ENOUGH_PROGRAMS // max(1, rows))), 4)
+    block = max(16, power_of_2(classes))
+    if classes % 16 != 0:
+        cells = 8 if block <= 128 or (kind, block) == ("packed", 2048) else 16  # which spills on sm_80
+    else:
+        cells = 64 if kind == "bool" and block == LONGEST_BLOCK else 32
+    return Plan(max(1, 32 * cells // block), block, 0, max(1, block // (32 * cells)))
+
+
+def power_of_2(n: int) -> int:
+    """The least that is not below n > 0."""
+    return 1 << (n - 1).bit_length()
 
 
 def label_kind(labels: torch.Tensor) -> str:
@@ -308,30 +453,30 @@ def forward(
         return loss.zero_(), grad
     kind = labels_kind or label_kind(labels)
     labels = labels.view(torch.uint8) if kind == "bool" else labels
-    visible = scores if mask is None else mask.view(torch.uint8)  # any pointer will do where none is read
-    strides = (*scores.stride(), *labels.stride(), *(visible.stride() if mask is not None else (0, 0, 0)))
-    rule = plan(rows, classes)
-    constants = {"LABELS": kind, "HAS_MASK": mask is not None, "BLOCK": rule.block, "num_warps": rule.num_warps}
+    mask = None if mask is None else mask.view(torch.uint8)
+    strides = (*scores.stride(), *labels.stride(), *((0, 0, 0) if mask is None else mask.stride()))
+    together, block, splits, num_warps = plan(rows, classes, kind)
+    constants = {"LABELS": kind, "BLOCK": block, "num_warps": num_warps}
     with torch.cuda.device_of(scores):
-        if rule.splits == 0:
-            zlpr_block_kernel[(triton.cdiv(rows, rule.rows),)](
-                scores, labels, visible, loss, grad, rows, inner, classes, grad_scale, *strides,
-                WITH_GRAD=with_grad, ROWS=rule.rows, **constants,
+        if splits == 0:
+            zlpr_block_kernel[(outer * -(-inner // together),)](
+                scores, labels, mask, loss, grad, inner, classes, grad_scale, *strides,
+                WITH_GRAD=with_grad, ROWS=together, **constants,
             )  # fmt: skip
-        elif rule.splits == 1:
+        elif splits == 1:
             zlpr_sweep_kernel[(rows,)](
-                scores, labels, visible, loss, grad, inner, classes, grad_scale, *strides,
+                scores, labels, mask, loss, grad, inner, classes, grad_scale, *strides,
                 WITH_GRAD=with_grad, **constants,
             )  # fmt: skip
         else:
-            chunk = triton.cdiv(triton.cdiv(classes, rule.block), rule.splits) * rule.block
-            splits = triton.cdiv(classes, chunk)
+            chunk = -(-classes // (block * splits)) * block
+            splits = -(-classes // chunk)
             partials = torch.empty((rows, splits, 4), dtype=torch.float32, device=scores.device)
             zlpr_partial_kernel[(rows, splits)](
-                scores, labels, visible, partials, inner, classes, chunk, *strides, **constants
+                scores, labels, mask, partials, inner, classes, chunk, *strides, **constants
             )
             zlpr_merge_kernel[(rows, splits if with_grad else 1)](
-                scores, labels, visible, partials, loss, grad, inner, classes, chunk, splits, grad_scale, *strides,
-                WITH_GRAD=with_grad, SPLITS=triton.next_power_of_2(splits), **constants,
+                scores, labels, mask, partials, loss, grad, inner, classes, chunk, splits, grad_scale, *strides,
+                WITH_GRAD=with_grad, SPLITS=power_of_2(splits), **constants,
             )  # fmt: skip
     return loss, grad

@@ -52,16 +52,25 @@ def test_the_version_under_test() -> None:
         assert Version(triton.__version__) == Version(os.environ["EXPECTED_TRITON"])
 
 
-# A shape for each plan that plan() can pick: (rows, classes). The last three: a sweep, a few splits, the most splits.
+# A shape for each plan that plan() can pick: (rows, classes), of an odd row too. The last three: a sweep, a few splits,
+# the most splits.
 BLOCKS = [2**n for n in range(4, zlpr_loss.LONGEST_BLOCK.bit_length())]
-SHAPES = [*((64, block) for block in BLOCKS), (2048, 16384), (256, 20000), (2, 2**23)]
+SHAPES = [
+    *((64, block) for block in BLOCKS),
+    *((64, block - 1) for block in BLOCKS),
+    *((2048, 16384), (256, 20000), (2, 2**23)),
+]
 
 
-def test_the_shapes_reach_every_plan() -> None:
-    reached = {zlpr_loss.plan(*shape)._replace(splits=0) for shape in SHAPES}
-    possible = {zlpr_loss.plan(r, c)._replace(splits=0) for r in (1, 64, 5000) for c in range(1, 40000, 7)}
-    assert possible <= reached
-    assert [zlpr_loss.plan(*shape).splits for shape in SHAPES[-3:]] == [1, 8, 1024]
+@pytest.mark.parametrize("kind", ["bool", "packed", "integer", "soft"])
+def test_the_shapes_reach_every_plan(kind: str) -> None:
+    def plans(shapes: list[tuple[int, int]]) -> set[tuple[zlpr_loss.Plan, bool]]:
+        return {(zlpr_loss.plan(*shape, kind)._replace(splits=0), shape[1] % 16 == 0) for shape in shapes}
+
+    possible = plans([(r, c) for r in (1, 64, 5000) for c in range(1, zlpr_loss.LONGEST_BLOCK + 1, 7)])
+    possible |= plans([(r, c) for r in (1, 64, 5000) for c in range(16, 40000, 112)])
+    assert possible <= plans(SHAPES)
+    assert [zlpr_loss.plan(*shape, kind).splits for shape in SHAPES[-3:]] == [1, 8, 1024]
 
 
 def zlpr(shape: tuple[int, int], dtype: torch.dtype, labels: str, masked: bool, with_grad: bool) -> None:
