@@ -210,8 +210,8 @@ def exponentials(x, m):
     s log2(e) - m log2(e) would not be."""
     if x.t is None:
         return Terms(tl.exp2((x.n - m.n) * LOG2_E), tl.exp2((x.p + m.p) * -LOG2_E))
-    else:  # of 1 - t >= 2^-24 or 0 the exponent is at most 24, or anything: it is bounded, for 0 * inf is NaN
-        n = (1.0 - x.t) * tl.exp2(tl.minimum((x.n - m.n) * LOG2_E, 25.0, propagate_nan=tl.PropagateNan.ALL))
+    else:  # where t = 1 the exponent may be anything, and 0 * inf is NaN
+        n = tl.where(x.t == 1.0, 0.0, (1.0 - x.t) * tl.exp2((x.n - m.n) * LOG2_E))
         return Terms(n, x.t * 16777216.0 * exp_times(-x.p - m.p, -24))
 
 
