@@ -191,7 +191,7 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule: the largest tiles that no chip spills."""
     if dtype == torch.bfloat16 and vector <= 128:
         heads = 1 if heads == 1 else min(128, max(16, power_of_two(heads)))
-        direct_warps = 8 if vector == 128 or heads == 128 else 4
+        direct_warps = 8 if vector == 128 else 4
         return Plan(vector, 64, 64, 16 if vector == 128 else 32, 32, min(64, heads), heads, 4, 4, direct_warps, 3)
     # Three operands where tf32x3 multiplies: small tiles, eight warps, and always 64 heads, as fewer would spill.
     heads = 1 if heads == 1 else 64
