@@ -326,6 +326,19 @@ def test_inf_is_inf_where_it_is_in_eager(place: Place, case: str, shared: bool, 
             assert relative_error(x.nan_to_num(nan=0.0), truth.nan_to_num(nan=0.0)) < 1e-5
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_a_bound_may_be_far_above_a_small_row(place: Place, shared: bool) -> None:
+    """The largest end stands where its row can hardly be: bounds say 60, and every log-sum is below 0."""
+    inputs = problem((2, 3, 20, 8), shared, device=place.device, scale=0.1)
+    inputs["start"] -= 8.0
+    inputs["end"][..., 0] = 70.0
+    inputs["start"][..., 0] = -80.0
+    for result in compare("pointer_loss", {**inputs, "reduction": "none"}, differentiate=differentiable(inputs)):
+        assert result.error <= result.allowed + 1e-5, result
+    rows = evaluate({**inputs, "spans": inputs["spans"][:0]})[3]  # d_start, where nothing is listed
+    assert (rows[..., 1:] != 0).all()
+
+
 def test_a_label_of_minus_100_leaves_its_cell_out(place: Place, dtype: torch.dtype) -> None:
     """Of both terms, as in zlpr_loss; listed again it stays so, for the first listing counts."""
     inputs = {**problem((2, 3, 20, 8), True, dtype, place.device), "reduction": "none"}
