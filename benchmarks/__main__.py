@@ -45,6 +45,7 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if arguments.tool == "overhead":
         console.print(overhead.table())
+        console.print(overhead.launches())
         return 0
     if arguments.tool == "readme":
         pages.README.write_text(pages.filled(pages.README.read_text("utf-8"), pages.tables()), "utf-8")

@@ -1,12 +1,16 @@
-"""What wrapping a Python function as an op costs a call, forward and backward: the ways that PyTorch offers, on a CPU.
+"""What a call costs beside its arithmetic, forward and backward, on a CPU.
 
-The function and its gradient are a multiplication of one number, so that nearly all of the time is the wrapper's.
+First what wrapping a Python function as an op costs, in the ways that PyTorch offers: the function and its gradient are a
+multiplication of one number, so that nearly all of the time is the wrapper's. Then what the host does for a step of
+``pointer_loss`` on a GPU: checks, autograd, launchers and Triton, all but the driver's own launches, which are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.table import Table
@@ -83,4 +87,40 @@ def table() -> Table:
     for name, t in timings.items():
         added = f"{(t.median - timings[bare].median) * 1e6:.1f}" if name in functions and name != bare else ""
         result.add_row(name, f"{t.median * 1e6:.1f}", f"{t.low * 1e6:.1f} to {t.high * 1e6:.1f}", added)
+    return result
+
+
+def launches() -> Table:
+    """Microseconds of a step of ``pointer_loss`` through the real launchers, compiled for a chip that is not there."""
+    from tests import chips
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from flashpointer import backends, kernels
+
+    from . import pointer_loss
+
+    def look_up(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch(self, *arguments, grid=grid, warmup=True, **options)  # which does all but launch
+
+    size, launch = (16, 9, 1, 128, 64), JITFunction.run
+    inputs = pointer_loss.make_inputs(size, torch.bfloat16, CPU)
+    names = [name for name in ("q", "k", "start", "end") if name in inputs]
+    for name in names:
+        inputs[name].requires_grad_()
+    assert kernels  # where Triton is absent the import fails here
+    driver.set_active(chips._NamedDriver("sm_90"))
+    with (
+        patch.object(JITFunction, "run", look_up),
+        patch.object(backends, "why_not_triton", lambda device, dtype: None),
+        patch.object(torch.cuda, "device_of", lambda x: nullcontext()),
+        flashpointer.use_backend("triton"),
+    ):
+        run = run_of(Contender(flashpointer.pointer_loss), [inputs], tuple(names))
+        timing = interleave({"step": run}, CPU, SECONDS)["step"]
+    assert isinstance(timing, Timing), timing
+    result = Table("a step's host time, launches left out", "median, µs", "20 % to 80 %", title="pointer_loss")
+    result.add_row(
+        "B16 H9 N128 D64, bfloat16", f"{timing.median * 1e6:.0f}", f"{timing.low * 1e6:.0f} to {timing.high * 1e6:.0f}"
+    )
     return result

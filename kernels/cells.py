@@ -31,6 +31,7 @@ class Bias(NamedTuple):
     """[heads, N] of a group."""
 
     ptr: Any
+    first: Any  # offset
     stride_h: Any
     stride_n: Any
 
@@ -39,6 +40,7 @@ class Tokens(NamedTuple):
     """[N] of a sentence: its mask, or its positions."""
 
     ptr: Any
+    first: Any  # offset
     stride_n: Any
 
 
@@ -54,25 +56,22 @@ class Vectors(NamedTuple):
 
 
 @triton.jit
-def open_bias(x, b, h, stride_b, stride_h, stride_n):
-    """Of sentence b, from its head h on."""
-    if x is not None:
-        x += tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
-    return Bias(x, stride_h, stride_n)
+def up_to(x, multiple):
+    """The least multiple that is at least x."""
+    return (x + multiple - 1) // multiple * multiple
 
 
 @triton.jit
-def open_tokens(x, b, stride_b, stride_n):
-    if x is not None:
-        x += tl.cast(b, tl.int64) * stride_b
-    return Tokens(x, stride_n)
+def offset(b, h, stride_b, stride_h):
+    """Where sentence b, from its head h on, begins."""
+    return tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
 
 
 @triton.jit
 def load_kept(mask, token, length):
     kept = token < length
     if mask.ptr is not None:
-        kept = kept & (tl.load(mask.ptr + token.to(tl.int64) * mask.stride_n, mask=kept, other=0) != 0)
+        kept = kept & (tl.load(mask.ptr + mask.first + token.to(tl.int64) * mask.stride_n, mask=kept, other=0) != 0)
     return kept
 
 
@@ -81,7 +80,8 @@ def load_positions(positions, token, length):
     """0 to N - 1 where there are none."""
     position = token.to(tl.int64)
     if positions.ptr is not None:
-        position = tl.load(positions.ptr + position * positions.stride_n, mask=token < length, other=0).to(tl.int64)
+        at = positions.ptr + positions.first + position * positions.stride_n
+        position = tl.load(at, mask=token < length, other=0).to(tl.int64)
     return position
 
 
@@ -90,7 +90,7 @@ def load_bias(bias, here, h, token):
     """In float32: 0 where there is none, -inf where it is not here."""
     x = tl.where(here, 0.0, float("-inf"))
     if bias.ptr is not None:
-        at = bias.ptr + tl.cast(h, tl.int64) * bias.stride_h + token.to(tl.int64) * bias.stride_n
+        at = bias.ptr + bias.first + tl.cast(h, tl.int64) * bias.stride_h + token.to(tl.int64) * bias.stride_n
         x = tl.load(at, mask=here, other=float("-inf")).to(tl.float32)
     return x
 

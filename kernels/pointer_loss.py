@@ -44,6 +44,9 @@ import triton.language as tl
 
 from .cells import (
     PAD,
+    Bias,
+    Shape,
+    Tokens,
     all_registers,
     columns_of,
     keep_valid,
@@ -52,10 +55,10 @@ from .cells import (
     load_positions,
     load_vectors,
     multiply,
-    open_bias,
-    open_tokens,
+    offset,
     power_of_two,
     rows_of,
+    up_to,
 )
 from .direct_rows import (
     GATHERED,
@@ -84,7 +87,6 @@ from .workspace import (
     load_heads,
     multiply_heads,
     open_group,
-    open_shape,
     open_spans,
     padded_heads,
     tile_of,
@@ -168,7 +170,7 @@ def prepare_kernel(
     tile, BLOCK: tl.constexpr, TOKENS: tl.constexpr, COUNTING: tl.constexpr,
 ):  # fmt: skip
     """SORTED spans to a program, or LANES left unsorted; or TOKENS tokens of q and of k; or a head of a group."""
-    shape = open_shape(groups, heads, length, max_width, tile)
+    shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
     at = tl.program_id(0) - sorters
     tiles = shape.padded // TOKENS
     head = at - groups * tiles
@@ -176,7 +178,7 @@ def prepare_kernel(
     group = open_group(workspace, count, i, 1.0, shape, tile)
     b = i // own_heads
     h = i % own_heads
-    kept = open_tokens(mask, b, stride_mb, stride_mn)
+    kept = Tokens(mask, offset(b, 0, stride_mb, 0), stride_mn)
     if at < 0:
         listing = Listing(spans, stride_ls, stride_lc, span_labels, stride_t, mask, stride_mb, stride_mn, own_heads)
         to = open_spans(workspace, count, n_bits, h_bits)
@@ -189,15 +191,15 @@ def prepare_kernel(
         kept_m = load_kept(kept, token, length)
         angles = (0.0, 0.0)
         if tile.ROPE:
-            position = load_positions(open_tokens(positions, b, stride_pb, stride_pn), token, length)
+            position = load_positions(Tokens(positions, offset(b, 0, stride_pb, 0), stride_pn), token, length)
             angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
-        of_q = open_bias(q, b, h, stride_qb, stride_qh, stride_qn)
-        of_k = open_bias(k, b, h, stride_kb, stride_kh, stride_kn)
-        prepare_vectors(of_q.ptr, stride_qn, stride_qd, group.q, token, kept_m, angles, sign, tile)
-        prepare_vectors(of_k.ptr, stride_kn, stride_kd, group.k, token, kept_m, angles, 1.0, tile)
+        of_q = q + offset(b, h, stride_qb, stride_qh)
+        of_k = k + offset(b, h, stride_kb, stride_kh)
+        prepare_vectors(of_q, stride_qn, stride_qd, group.q, token, kept_m, angles, sign, tile)
+        prepare_vectors(of_k, stride_kn, stride_kd, group.k, token, kept_m, angles, 1.0, tile)
     else:
-        of_start = open_bias(start, b, h * heads, stride_sb, stride_sh, stride_sn)
-        of_end = open_bias(end, b, h * heads, stride_eb, stride_eh, stride_en)
+        of_start = Bias(start, offset(b, h * heads, stride_sb, stride_sh), stride_sh, stride_sn)
+        of_end = Bias(end, offset(b, h * heads, stride_eb, stride_eh), stride_eh, stride_en)
         prepare_head(group, Inputs(of_start, of_end, kept), head % shape.padded_heads, shape, tile, BLOCK)
 
 
@@ -247,7 +249,7 @@ def sweep_kernel(
     workspace, groups, heads, length, count, n_bits, h_bits, max_width, scale, listers, tile
 ):  # fmt: skip
     """Of a group to a program: every listers-th batch of its spans, or BM rows of HEADS heads."""
-    shape = open_shape(groups, heads, length, max_width, tile)
+    shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
     i = tl.program_id(0) % groups
     turn_of = tl.program_id(0) // groups
     group = open_group(workspace, count, i, scale, shape, tile)
@@ -375,7 +377,7 @@ def combine_kernel(
     workspace, losses, groups, heads, length, count, n_bits, h_bits, max_width, scale, tile, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A head of a group to a program; losses [groups, heads]."""
-    shape = open_shape(groups, heads, length, max_width, tile)
+    shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
     h = tl.program_id(0) % heads
     group = open_group(workspace, count, tl.program_id(0) // heads, scale, shape, tile)
     spans = open_spans(workspace, count, n_bits, h_bits)
@@ -524,7 +526,7 @@ def sweep_back_kernel(
     tile,
 ):  # fmt: skip
     """Of a group to a program: every listers-th batch of its spans, or BM rows, or BN columns of BACK_HEADS heads."""
-    shape = open_shape(groups, heads, length, max_width, tile)
+    shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
     i = tl.program_id(0) % groups
     turn_of = tl.program_id(0) // groups
     group = open_group(workspace, count, i, scale, shape, tile)
@@ -678,7 +680,7 @@ def turn_back_kernel(
 ):  # fmt: skip
     """TOKENS tokens of a group to a program: their vectors, or the biases of BACK_HEADS heads, so that neither has too
     many registers. d_q, d_k [groups, N, SIZE]; d_start, d_end [groups, heads, N]: contiguous."""
-    shape = open_shape(groups, heads, length, max_width, tile)
+    shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
     i = tl.program_id(0) % groups
     first = tl.program_id(0) // groups * tile.TOKENS
     group = open_group(workspace, count, i, scale, shape, tile)
@@ -689,7 +691,9 @@ def turn_back_kernel(
     if tl.program_id(1) == 0:
         angles = (0.0, 0.0)
         if tile.ROPE:  # here, where loads are still on their way
-            position = load_positions(open_tokens(positions, i // own_heads, stride_pb, stride_pn), token, length)
+            position = load_positions(
+                Tokens(positions, offset(i // own_heads, 0, stride_pb, 0), stride_pn), token, length
+            )
             angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
         of_q, of_k = vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS)
         of_group = tl.cast(i, tl.int64) * length * tile.SIZE

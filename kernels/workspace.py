@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cells import PAD, Shape, float32_precision, power_of_two
+from .cells import PAD, float32_precision, power_of_two
 
 
 class Tile(NamedTuple):
@@ -84,12 +84,6 @@ def workspace_bytes(groups: int, heads: int, length: int, count: int, tile: Tile
 
 def padded_heads(heads: int, multiple: int) -> int:
     return (heads + multiple - 1) // multiple * multiple
-
-
-@triton.jit
-def open_shape(groups, heads, length, max_width, tile):
-    planes = (heads + tile.BACK_HEADS - 1) // tile.BACK_HEADS * tile.BACK_HEADS
-    return Shape(groups, heads, length, planes, (length + PAD - 1) // PAD * PAD, max_width)
 
 
 @triton.jit
