@@ -1,8 +1,9 @@
 """What a call costs beside its arithmetic, forward and backward, on a CPU.
 
-First what wrapping a Python function as an op costs, in the ways that PyTorch offers: the function and gradient are a
-multiplication of one number, so that nearly all of the time is the wrapper's. Then what the host does for a step of
-``pointer_loss`` on a GPU: checks, autograd, launchers and Triton, all but the driver's own launches, which are left out.
+First what wrapping a Python function as an op costs, in the ways that PyTorch offers: the function and its gradient are
+a multiplication of one number, so that nearly all of the time is the wrapper's. Then what the host does for a step of
+``pointer_loss`` on a GPU: checks, autograd, launchers and Triton, all but the driver's own launches, which are left
+out.
 """
 
 from __future__ import annotations
