@@ -93,11 +93,11 @@ def table() -> Table:
 
 def launches() -> Table:
     """Microseconds of a step of ``pointer_loss`` through the real launchers, compiled for a chip that is not there."""
-    from tests import chips
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     from flashpointer import backends, kernels
+    from tests import chips
 
     from . import pointer_loss
 
