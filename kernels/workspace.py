@@ -204,8 +204,9 @@ def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, h
     without comparing it field by field in Python."""
     vector = max(16, power_of_two(size))
     rule = plan(vector, heads, dtype)
-    if hip:  # where a warp is twice as wide
-        rule = rule._replace(num_warps=4, back_warps=4, direct_warps=4)
+    if hip:  # where a warp is twice as wide, and shared memory 64 KiB
+        stages = 2 if vector == 128 else rule.stages
+        rule = rule._replace(num_warps=4, back_warps=4, direct_warps=4, stages=stages)
     precision = float32_precision()
     if dtype == torch.float16 and precision == "tf32x3":
         precision = "tf32"  # which has all the digits of float16
