@@ -134,7 +134,8 @@ def below_inf(x):
 
 @triton.jit
 def prepare_head(group, inputs, h, shape, tile, BLOCK: tl.constexpr):
-    """Biases, V and C of a head, and the extent of its group. Heads that only pad have V and A = 0."""
+    """Biases, V and C of a head, and the extent of its group. Of the heads that only pad it leaves each heads-th one
+    V and A = 0; A of others is written by combine."""
     row = tl.cast(h, tl.int64) * shape.padded
     largest = float("-inf")
     extent = 0
@@ -142,20 +143,23 @@ def prepare_head(group, inputs, h, shape, tile, BLOCK: tl.constexpr):
         token = first + tl.arange(0, BLOCK)
         kept = load_kept(inputs.mask, token, shape.length)
         extent = tl.maximum(extent, tl.max(tl.where(kept, token + 1, 0), axis=0))
-        end = load_bias(inputs.end, (token < shape.length) & (h < shape.heads), h, token)  # does not wait for the mask
+        end = load_bias(inputs.end, token < shape.length, h, token)  # does not wait for the mask
         largest = tl.maximum(largest, tl.max(tl.where(kept, below_inf(end), float("-inf")), axis=0))
     largest = safe(largest)
+    nothing = tl.zeros([BLOCK], dtype=tile.TABLE)
     for first in range(0, shape.padded, BLOCK):
         token = first + tl.arange(0, BLOCK)
         there = token < shape.padded
-        kept = load_kept(inputs.mask, token, shape.length) & (h < shape.heads)
+        kept = load_kept(inputs.mask, token, shape.length)
         end = below_inf(load_bias(inputs.end, kept, h, token))
         value = tl.where(end == FLOAT_MAX, 0.0, tl.exp(end - largest))  # whose rows are all direct
         tl.store(group.exp_ends + row + token, value.to(tile.TABLE), mask=there)
         tl.store(group.ends + row + token, end, mask=there)
         tl.store(group.starts + row + token, below_inf(load_bias(inputs.start, kept, h, token)), mask=there)
-        if h >= shape.heads:  # that of others is written by combine
-            tl.store(group.weights + row + token, (value * 0).to(tile.TABLE), mask=there)
+        for pad in range(h + shape.heads, shape.padded_heads, shape.heads):
+            at = tl.cast(pad, tl.int64) * shape.padded + token
+            tl.store(group.exp_ends + at, nothing, mask=there)
+            tl.store(group.weights + at, nothing, mask=there)
     tl.store(group.largest_ends + h, largest)
     tl.store(group.extent, extent, mask=h == 0)
 
@@ -174,7 +178,7 @@ def prepare_kernel(
     at = tl.program_id(0) - sorters
     tiles = shape.padded // TOKENS
     head = at - groups * tiles
-    i = tl.where(head < 0, at // tiles, head // shape.padded_heads)
+    i = tl.where(head < 0, at // tiles, head // heads)
     group = open_group(workspace, count, i, 1.0, shape, tile)
     b = i // own_heads
     h = i % own_heads
@@ -200,7 +204,7 @@ def prepare_kernel(
     else:
         of_start = Bias(start, offset(b, h * heads, stride_sb, stride_sh), stride_sh, stride_sn)
         of_end = Bias(end, offset(b, h * heads, stride_eb, stride_eh), stride_eh, stride_en)
-        prepare_head(group, Inputs(of_start, of_end, kept), head % shape.padded_heads, shape, tile, BLOCK)
+        prepare_head(group, Inputs(of_start, of_end, kept), head % heads, shape, tile, BLOCK)
 
 
 # --- launch 2: the sweep, and listed spans beside it -----------------------------------------------------------------
@@ -807,7 +811,7 @@ def forward(
     sorters, listers = (count + each - 1) // each, _listers(sizes)
     registers = all_registers()
     with torch.cuda.device_of(q):
-        prepare_kernel[(sorters + groups * (padded // tokens + planes),)](
+        prepare_kernel[(sorters + groups * (padded // tokens + of_group),)](
             q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters,
             *q.stride(), *k.stride(), *_strides(start, 3), *_strides(end, 3), *_strides(mask, 2),
             *_strides(positions, 2), *spans.stride(), *_strides(span_labels, 1), tile,
