@@ -171,7 +171,7 @@ def prepare_kernel(
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn, stride_pb, stride_pn,
     stride_ls, stride_lc, stride_t,
-    tile, BLOCK: tl.constexpr, TOKENS: tl.constexpr, COUNTING: tl.constexpr,
+    tile: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, COUNTING: tl.constexpr,
 ):  # fmt: skip
     """SORTED spans to a program, or LANES left unsorted; or TOKENS tokens of q and of k; or a head of a group."""
     shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
@@ -250,7 +250,7 @@ def sum_listed(group, spans, within, shape, tile):
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def sweep_kernel(
-    workspace, groups, heads, length, count, n_bits, h_bits, max_width, scale, listers, tile
+    workspace, groups, heads, length, count, n_bits, h_bits, max_width, scale, listers, tile: tl.constexpr
 ):  # fmt: skip
     """Of a group to a program: every listers-th batch of its spans, or BM rows of HEADS heads."""
     shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
@@ -378,7 +378,8 @@ def share_listed(group, spans, within, h, l_n, l_p, shape):
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def combine_kernel(
-    workspace, losses, groups, heads, length, count, n_bits, h_bits, max_width, scale, tile, BLOCK: tl.constexpr
+    workspace, losses, groups, heads, length, count, n_bits, h_bits, max_width, scale,
+    tile: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A head of a group to a program; losses [groups, heads]."""
     shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
@@ -527,7 +528,7 @@ def list_vectors(group, spans, within, upstream, d_listed, shape, tile):
 def sweep_back_kernel(
     workspace, gradients, upstream,
     own_heads, groups, heads, length, count, n_bits, h_bits, max_width, scale, share, listers, stride_ub, stride_uh,
-    tile,
+    tile: tl.constexpr,
 ):  # fmt: skip
     """Of a group to a program: every listers-th batch of its spans, or BM rows, or BN columns of BACK_HEADS heads."""
     shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
@@ -680,7 +681,7 @@ def turn_back_kernel(
     workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end,
     own_heads, groups, heads, length, count, n_bits, h_bits, max_width, scale, share, sign,
     stride_ub, stride_uh, stride_pb, stride_pn,
-    tile, BLOCKS: tl.constexpr,
+    tile: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of a group to a program: their vectors, or the biases of BACK_HEADS heads, so that neither has too
     many registers. d_q, d_k [groups, N, SIZE]; d_start, d_end [groups, heads, N]: contiguous."""

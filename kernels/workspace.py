@@ -6,7 +6,8 @@ Tables that matrix products read are bfloat16 where q is, and else float32.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,24 +17,30 @@ import triton.language as tl
 from .cells import PAD, float32_precision, power_of_two
 
 
-class Tile(NamedTuple):
-    """Made on the host, of tl.constexpr."""
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Made on the host, of constants, and itself one. Triton finds a compiled kernel by its constants, which it hashes
+    at each launch: this one is the same by identity, as ``tile_of`` makes one of a kind."""
 
-    BM: Any  # rows and columns of a tile in the sweeps along the rows
-    BN: Any
-    BACK_BM: Any  # and along the columns, of the same width: a row's rho must cover the same columns everywhere
-    TOKENS: Any  # to a program that turns back
-    HEADS: Any  # to a program: forward
-    BACK_HEADS: Any  # and backward; heads are padded to a multiple of it
-    SIZE: Any  # D
-    VECTOR: Any  # D, padded to a power of two
-    CHUNK: Any  # of it, in products of q and k
-    DTYPE: Any  # of vectors
-    TABLE: Any  # of tables: bfloat16 has the range of float32, but float16 holds neither P, V, A nor their products
-    PRECISION: Any  # of products whose operands are float32
-    STAGES: Any
-    TRIL: Any
-    ROPE: Any
+    BM: tl.constexpr  # rows and columns of a tile in the sweeps along the rows
+    BN: tl.constexpr
+    BACK_BM: (
+        tl.constexpr
+    )  # and along the columns, of the same width: a row's rho must cover the same columns everywhere
+    TOKENS: tl.constexpr  # to a program that turns back
+    HEADS: tl.constexpr  # to a program: forward
+    BACK_HEADS: tl.constexpr  # and backward; heads are padded to a multiple of it
+    SIZE: tl.constexpr  # D
+    VECTOR: tl.constexpr  # D, padded to a power of two
+    CHUNK: tl.constexpr  # of it, in products of q and k
+    DTYPE: tl.constexpr  # of vectors
+    TABLE: (
+        tl.constexpr
+    )  # of tables: bfloat16 has the range of float32, but float16 holds neither P, V, A nor their products
+    PRECISION: tl.constexpr  # of products whose operands are float32
+    STAGES: tl.constexpr
+    TRIL: tl.constexpr
+    ROPE: tl.constexpr
 
 
 class Group(NamedTuple):
@@ -198,10 +205,8 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-@lru_cache
+@cache
 def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, hip: bool) -> tuple[Plan, Tile]:
-    """Cached not for its own sake: Triton finds a compiled kernel by its constants, and the same object is found
-    without comparing it field by field in Python."""
     vector = max(16, power_of_two(size))
     rule = plan(vector, heads, dtype)
     if hip:  # where a warp is twice as wide, and shared memory 64 KiB

@@ -118,7 +118,8 @@ def choose_backend(op: str, *tensors: torch.Tensor | None) -> str:
             f"{op}: forward-mode derivatives (torch.func.jvp, jacfwd, torch.autograd.forward_ad) are not supported; "
             "flashpointer.use_backend('reference') has them"
         )
-    if not torch.compiler.is_compiling() and any(map(_is_transformed, tensors)):
+    transforms = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if transforms and any(map(_is_transformed, tensors)):
         raise RuntimeError(
             f"{op}: torch.func.grad, vjp, jacrev and hessian are not supported; "
             "take torch.autograd.grad, or flashpointer.use_backend('reference')"

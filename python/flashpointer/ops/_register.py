@@ -15,6 +15,7 @@ import torch
 from ..problem import SCHEMA, Problem
 from . import _checks, _pointer
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _library: Any = torch.library.Library("flashpointer", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -62,10 +63,12 @@ def _is_plain(arguments: tuple[Any, ...]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    tensors = (x for x in arguments if isinstance(x, torch.Tensor))
-    return not any(
-        type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta or _checks.is_batched(x) for x in tensors
-    )
+    for x in arguments:  # a loop, and no generator: this runs before and after every call
+        if isinstance(x, torch.Tensor) and (
+            type(x) not in PLAIN or x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x)
+        ):
+            return False
+    return True
 
 
 def register_pointer_op(
