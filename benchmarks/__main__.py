@@ -18,7 +18,9 @@ PIPE_WIDTH = 150
 
 def main() -> int:
     known = ops()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the ops beside their rivals, or models them.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measures the ops beside their rivals, or models them."
+    )
     parser.add_argument(
         "tool",
         nargs="?",

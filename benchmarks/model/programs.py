@@ -83,8 +83,8 @@ LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 OPERATION = re.compile(r'^(?:%([\w.]+)(?::(\d+))? = )?"?([a-z_]+\.[a-z_.0-9]+)"?(.*)$')
 
 
-def read(text: str) -> tuple[list[tuple[str, str]], list[Operation], list[Region]]:
-    """The parameters, with their names in the source, the operations and the regions of the one function in the IR."""
+def read(text: str) -> tuple[list[str], list[Operation], list[Region]]:
+    """The parameters, the operations and the regions of the one function in the IR."""
     locations = dict(LOCATION.findall(text))
 
     @cache
@@ -100,7 +100,7 @@ def read(text: str) -> tuple[list[tuple[str, str]], list[Operation], list[Region
         return resolve(found[1]) if found else ()
 
     rows = iter(text[text.index("tt.func") :].splitlines())
-    names = re.findall(r'%([\w.]+): [^,]*?loc\("?([#\w]+)', next(rows))
+    parameters = re.findall(r"%([\w.]+): ", next(rows))
     regions = [Region("kernel")]
 
     def block(region: Region) -> tuple[list[Operation], str]:
@@ -130,7 +130,7 @@ def read(text: str) -> tuple[list[tuple[str, str]], list[Operation], list[Region
             out.append(Operation(match[3], results, rest, lines[0] if lines else None, bodies))
         return out, ""
 
-    return names, block(regions[0])[0], regions
+    return parameters, block(regions[0])[0], regions
 
 
 # --- computing -----------------------------------------------------------------------------------------------------
@@ -169,11 +169,13 @@ class Count:
         programs = np.arange(math.prod(self.grid))
         x, y, _ = self.grid
         self.ids = (programs % x, programs // x % y, programs // (x * y))
+        signature = launch.compiled.src.signature  # parts of tuples are constants
+        names = [name for name, kind in signature.items() if isinstance(kind, str) and kind != "constexpr"]
         self.values: dict[str, Value] = {}
-        for name, argument in parameters:
-            value = launch.arguments.get(argument)
+        for parameter, name in zip(parameters, names, strict=True):
+            value = launch.arguments[name]
             kind = "float" if isinstance(value, float) else "int"
-            self.values[name] = np.array(int(value)) if isinstance(value, int) else kind
+            self.values[parameter] = np.array(int(value)) if isinstance(value, int) else kind
         for region in self.regions:
             region.entered = region.passed = np.zeros(len(programs))
         self.regions[0].entered = self.regions[0].passed = np.ones(len(programs))
