@@ -137,6 +137,28 @@ def test_the_roles_of_a_kernel_and_the_trips_of_its_loop(chip: str, matrix: str)
     assert modelled.busiest_us <= modelled.us < 100
 
 
+@triton.jit
+def sum_kernel(x, out, count, stride):
+    lane = tl.arange(0, 32)
+    total = tl.zeros([32], dtype=tl.float32)
+    for _ in range(count):
+        total += tl.load(x + lane)
+        x += stride
+    tl.store(out + lane, total)
+
+
+@compiled
+@pytest.mark.parametrize("count", [3, 16])
+def test_a_loop_that_the_compiler_unrolls_is_passed_less_often(count: int) -> None:
+    x = torch.zeros(32 * count)
+    with launches.launches_for("sm_90", [x]) as noted:
+        sum_kernel[(1,)](x, torch.zeros(32), count, 32, num_warps=1)
+    modelled = launches.model(noted[0], H100, programs.Known(), 0.0)
+    (role,) = modelled.roles
+    assert role.iterations * role.loads == count
+    assert modelled.bytes == (count + 1) * 32 * 4
+
+
 @compiled
 def test_the_command_says_that_nothing_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "CASES", (cases.rows("zlpr_kl_div", "", 64, 256, torch.float32),))

@@ -87,7 +87,9 @@ def table(results: Iterable[dict[str, Any]], op: str, machine: Machine) -> Table
 
 
 def total(name: str, of: dict[str, Any]) -> tuple[str, ...]:
-    return (f"[bold]{name}", *[""] * 9, f"[bold]{of['us']:.1f}", f"{of['floor_us']:.1f}")
+    of_passes = of["passes"].values() if "passes" in of else [of]
+    more = "> " if any(isinstance(x, str) for of_pass in of_passes for x in of_pass["launches"]) else ""
+    return (f"[bold]{name}", *[""] * 9, f"[bold]{more}{of['us']:.1f}", f"{of['floor_us']:.1f}")
 
 
 def rows(launch: Modelled | str, cells: int) -> Iterator[tuple[str, ...]]:
@@ -112,7 +114,8 @@ def rows(launch: Modelled | str, cells: int) -> Iterator[tuple[str, ...]]:
 
 def main(chip: str, chosen: Iterable[str], out: Path, show: Callable[[Any], object]) -> int:
     try:
-        _ = tool("nvdisasm"), tool("cuobjdump")
+        for name in ("nvdisasm", "cuobjdump"):
+            tool(name)
     except (ImportError, FileNotFoundError) as error:
         show(f"{error}")
         return 1

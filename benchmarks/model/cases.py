@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
     def least(self, inputs: suite.Inputs) -> dict[str, tuple[float, float]]:
         """Of each pass and of both: bytes and floating-point operations of matrix products that no implementation can
-        do without. Where one reads cells one by one the gradient is made in forward."""
+        do without. That of zlpr_loss makes the gradient in forward."""
         op = suite.ops()[self.op]
         case = suite.Case(op, suite.Shape(self.size, ""), self.dtype, torch.device("cpu"))
         outputs = op.outputs(self.size) * self.dtype.itemsize
@@ -72,7 +72,7 @@ def pointer(op: str, title: str, batch: int, heads: int, length: int, dtype: tor
         return {**tokens(batch, heads, length, dtype), **more}
 
     title = f"{title}B{batch} H{heads} N{length} {SHORT[dtype]}"
-    # A sentence's last kept token is its last one, and no row is unsafe. Where all passes, so does each head.
+    # A sentence's last kept token is its last one, and no row is unsafe. A while loop over what passes counts heads.
     times = (("count_kernel", heads), ("write_kernel", heads // 4)) if passes else ()
     rules = Known((("extent", length), ("unsafe_counts", 0)), passes, times)
     return Case(op, title, (batch, heads, 1, length, 64), dtype, inputs, rules)

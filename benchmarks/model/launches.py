@@ -104,6 +104,11 @@ def parts(launch: Launch, flow: Flow, regions: list[Region]) -> list[Part]:
         for line in region.lines:
             regions_of[line].add(region)
 
+    def size(loop: Loop) -> int:
+        return sum(i.name in ("LDG", "LDS", "STG", "STS", "LDGSTS", "ATOMG") for i in flow.own(loop)) or len(
+            flow.own(loop)
+        )
+
     def part(programs: Array) -> Part:
         mine = {r for r in regions if r.passed[programs].any()}
 
@@ -113,10 +118,20 @@ def parts(launch: Launch, flow: Flow, regions: list[Region]) -> list[Part]:
             return 1.0 if theirs & everywhere else 1e4 if theirs & mine else -1e4
 
         def iterations(loop: Loop) -> Array:
-            """By program; only those that an `if` around the body lets pass."""
+            """By program; only those that an `if` around the body lets pass. A loop that the compiler has unrolled has
+            a second one for the rest."""
             region = matched[loop]
             inside = [r for r in regions if r.parent is region and r.lines.total() > region.lines.total()]
-            return (inside or [region])[0].passed[programs]
+            entered = np.maximum(region.entered[programs], 1)
+            left = (inside or [region])[0].passed[programs] / entered
+            pieces = sorted((x for x in matched if matched[x] is region), key=size, reverse=True)
+            for piece in pieces:
+                unrolled = round(size(piece) / size(pieces[-1]))
+                mine = left // unrolled if len(pieces) > 1 else left
+                if piece is loop:
+                    break
+                left = left - mine * unrolled
+            return mine * entered
 
         def trips(loop: Loop) -> int:
             """Each time that the loop is entered; -1 if it never is."""
@@ -172,7 +187,7 @@ class Modelled:
     resident: int  # programs on an SM at once
     roles: list[Role]
     instructions: float  # of all threads
-    bytes: float  # of global memory, whether in L2 or not
+    bytes: float  # loaded and stored, whether in L2 or not
     us: float
     busiest: str  # the unit with most to do
     busiest_us: float  # what it would take if it never waited
@@ -209,7 +224,8 @@ def model(launch: Launch, machine: Machine, rules: Known, traffic: float) -> Mod
     spills = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
     programs, warps = math.prod(launch.grid), meta.num_warps
     resident = min(occupancy(registers, meta.shared, warps, machine), math.ceil(programs / machine.sms))
-    of_launch = parts(launch, Flow(parse(disassemble(binary))), Count(launch, rules).regions)
+    regions = Count(launch, rules).regions
+    of_launch = parts(launch, Flow(parse(disassemble(binary))), regions)
 
     work: Counter[str] = Counter()  # cycles of SMs
     instructions = 0.0
@@ -217,7 +233,7 @@ def model(launch: Launch, machine: Machine, rules: Known, traffic: float) -> Mod
         for trace, times in ((part.iteration, part.iterations.sum()), (part.rest, len(part.programs))):
             work.update({unit: cycles * times for unit, cycles in busy(trace, machine, warps).items()})
             instructions += len(trace) * times * warps * 32
-    moved = work["L2"] * machine.l2
+    moved = sum(float(region.passed.sum()) * region.bytes for region in regions)
     far = min(moved, traffic) > machine.l2_size
     latency = LATENCY["dram" if far else "global"]
     together = [40.0 * n for n in range(resident)]  # when programs of one wave begin

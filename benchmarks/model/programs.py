@@ -61,6 +61,7 @@ class Region:
     line: Line | None = None
     lines: Counter[Line] = field(default_factory=Counter)  # of its operations, without those of regions within
     calls: Counter[Line] = field(default_factory=Counter)  # the same, as lines of the functions that the kernel calls
+    bytes: float = 0.0  # that they load and store, if no mask hinders them
     entered: Array = 0.0  # how often, by program
     passed: Array = 0.0  # and how often in all
 
@@ -80,6 +81,7 @@ class Operation(NamedTuple):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
+POINTERS = re.compile(r"tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)")
 OPERATION = re.compile(r'^(?:%([\w.]+)(?::(\d+))? = )?"?([a-z_]+\.[a-z_.0-9]+)"?(.*)$')
 
 
@@ -125,6 +127,8 @@ def read(text: str) -> tuple[list[str], list[Operation], list[Region]]:
                 inner.line = lines[0] if lines else None
             region.lines.update(lines[:1])
             region.calls.update(lines[-2:-1])
+            if match[3] in ("tt.load", "tt.store") and (pointers := POINTERS.search(match[4])):
+                region.bytes += math.prod(map(int, re.findall(r"\d+", pointers[1]))) * int(pointers[2]) / 8
             results = [f"{match[1]}#{n}" for n in range(int(match[2]))] if match[2] else [match[1]] if match[1] else []
             rest = match[4].rpartition(" loc(")[0] or match[4]
             out.append(Operation(match[3], results, rest, lines[0] if lines else None, bodies))
@@ -271,7 +275,7 @@ class Count:
             self.values |= {index: at, **dict(zip((name for name, _ in names), values, strict=True))}
             after = self.run(operations, mine)
             values = after if passes == 1 else [either(a, b) for a, b in zip(values, after, strict=True)]
-        return values
+        return [x if np.ndim(x) <= weight.ndim else "int" for x in values]  # the last of a series is not known
 
     def repeat(self, operation: Operation, weight: Array) -> list[Value]:
         mine = weight * dict(self.rules.times).get(self.launch.kernel, 1)

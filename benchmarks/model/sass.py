@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,13 +122,6 @@ class Flow:
         block_of = {code[start].address: n for n, start in enumerate(starts)}
         meets: dict[str, int | None] = {}  # where the threads that a BSSY separates meet again
         self.next = [self._next(n, block_of, meets) for n in range(len(self.blocks))]
-        reached, stack = {0}, [0]
-        while stack:
-            for to in self.next[stack.pop()]:
-                if to not in reached:
-                    reached.add(to)
-                    stack.append(to)
-        self.next = [out if n in reached else [] for n, out in enumerate(self.next)]  # subroutines are not followed
         self.loops = self._loops()
 
     def _next(self, n: int, block_of: dict[int, int], meets: dict[str, int | None]) -> list[int]:
@@ -145,90 +140,68 @@ class Flow:
         return list(dict.fromkeys(out))
 
     def _loops(self) -> list[Loop]:
-        count = len(self.blocks)
-        before: list[list[int]] = [[] for _ in range(count)]
-        for n, out in enumerate(self.next):
-            for to in out:
-                before[to].append(n)
-        dominators = [1] + [(1 << count) - 1] * (count - 1)  # as bits
-        changed = True
-        while changed:
-            changed = False
-            for n in range(1, count):
-                new = (1 << count) - 1 if before[n] else 0
-                for p in before[n]:
-                    new &= dominators[p]
-                new |= 1 << n
-                changed = changed or new != dominators[n]
-                dominators[n] = new
+        before: dict[int, set[int]] = defaultdict(set)
+        backward: list[tuple[int, int]] = []
+        seen: set[int] = set()
+        around: set[int] = set()
+
+        def visit(n: int) -> None:  # subroutines are never reached
+            seen.add(n)
+            around.add(n)
+            for to in self.next[n]:
+                before[to].add(n)
+                if to in around:
+                    backward.append((n, to))
+                elif to not in seen:
+                    visit(to)
+            around.remove(n)
+
+        visit(0)
         bodies: dict[int, set[int]] = {}
-        for n, out in enumerate(self.next):
-            for to in out:
-                if dominators[n] >> to & 1:
-                    body, stack = bodies.setdefault(to, {to}), [n]
-                    while stack:
-                        b = stack.pop()
-                        if b not in body:
-                            body.add(b)
-                            stack += before[b]
+        for n, header in backward:
+            body, stack = bodies.setdefault(header, {header}), [n]
+            while stack:
+                if (b := stack.pop()) not in body:
+                    body.add(b)
+                    stack += before[b]
         loops = [Loop(header, body) for header, body in sorted(bodies.items())]
         for loop in loops:
-            outer = [o for o in loops if o is not loop and loop.blocks < o.blocks]
+            outer = [o for o in loops if loop.blocks < o.blocks]
             loop.parent = min(outer, key=lambda o: len(o.blocks), default=None)
             if loop.parent is not None:
                 loop.parent.children.append(loop)
         return loops
 
-    def instructions(self, blocks: Iterable[int]) -> list[Instruction]:
-        return [i for b in sorted(blocks) for i in self.blocks[b]]
-
     def own(self, loop: Loop) -> list[Instruction]:
-        """Without those of loops within."""
-        return self.instructions(loop.blocks.difference(*(c.blocks for c in loop.children)))
+        """The instructions of a loop without those of loops within."""
+        blocks = loop.blocks.difference(*(c.blocks for c in loop.children))
+        return [i for b in sorted(blocks) for i in self.blocks[b]]
 
     def path(
         self, loop: Loop | None, trips: Callable[[Loop], int], worth: Callable[[Instruction], float]
     ) -> list[Instruction]:
         """The way through one iteration of a loop, or through the kernel, that is worth most. A loop within is passed
         ``trips`` times; below 0: avoided."""
-        return self._path(loop, trips, worth)[1]
-
-    def _path(
-        self, loop: Loop | None, trips: Callable[[Loop], int], worth: Callable[[Instruction], float]
-    ) -> tuple[float, list[Instruction]]:
         children = loop.children if loop else [x for x in self.loops if x.parent is None]
         child_of = {b: c for c in children for b in c.blocks}
         entry = loop.header if loop else 0
 
-        def successors(b: int) -> list[int]:
-            nodes = child_of[b].blocks if b in child_of else {b}
-            out = {to for n in nodes for to in self.next[n] if to not in nodes and (not loop or to in loop.blocks)}
-            return sorted({child_of[x].header if x in child_of else x for x in out} - {entry})
+        @cache
+        def best(b: int) -> tuple[float, list[Instruction]]:
+            """From a block, or a loop within, on."""
+            child = child_of.get(b)
+            mine, value, nodes = self.blocks[b], 0.0, {b}
+            if child is not None:
+                times, nodes = trips(child), child.blocks
+                mine = self.path(child, trips, worth) * times if times > 0 else []
+                value = 1e7 if times >= 0 else -1e7
+            following = {
+                to for n in nodes for to in self.next[n] if to not in nodes and (not loop or to in loop.blocks)
+            }
+            headers = {child_of[x].header if x in child_of else x for x in following} - {entry}
+            rest = max((best(x) for x in sorted(headers)), key=lambda x: x[0], default=(0.0, []))
+            if rest[0] < 0 and self.blocks[b][-1].name == "EXIT":  # under a condition
+                rest = 0.0, []
+            return value + sum(map(worth, mine)) + rest[0], mine + rest[1]
 
-        best: dict[int, tuple[float, list[Instruction], int | None]] = {}
-        stack = [entry]
-        seen = {entry}
-        while stack:  # successors first
-            b = stack[-1]
-            if more := [x for x in successors(b) if x not in seen]:
-                seen.add(more[0])
-                stack.append(more[0])
-                continue
-            stack.pop()
-            if b in child_of:
-                times = trips(child_of[b])
-                value, mine = self._path(child_of[b], trips, worth) if times > 0 else (0.0, [])
-                value, mine = value + (1e7 if times >= 0 else -1e7), mine * times
-            else:
-                mine = self.blocks[b]
-                value = sum(map(worth, mine))
-            to = max((x for x in successors(b) if x in best), key=lambda x: best[x][0], default=None)
-            if to is not None and best[to][0] < 0 and self.blocks[b][-1].name == "EXIT":  # under a condition
-                to = None
-            best[b] = value + (0.0 if to is None else best[to][0]), mine, to
-        out: list[Instruction] = []
-        at: int | None = entry
-        while at is not None:
-            out += best[at][1]
-            at = best[at][2]
-        return best[entry][0], out
+        return best(entry)[1]
