@@ -103,7 +103,7 @@ def rows(launch: Modelled | str, cells: int) -> Iterator[tuple[str, ...]]:
         per_cell = f" ({launch.instructions / cells:.0f} a cell)"
     for role in launch.roles:
         kernel, reg, shared, fit, us = first
-        times = (f"{role.iterations:.1f}" if role.iterations else "1") + per_cell
+        times = (f"{role.iterations:.1f}" if role.iterations else "1") + "?" * role.guessed + per_cell
         bound = role.bound + (f"; {launch.busiest} {launch.busiest_us:.1f}" if us else "")
         yield (
             kernel, f"{role.name}: {role.programs}", reg, shared, fit, f"{role.instructions}", times, role.matrix,
@@ -133,9 +133,9 @@ def main(chip: str, chosen: Iterable[str], out: Path, show: Callable[[Any], obje
         results += of_op
     show(
         "KiB: shared memory. fit: programs on a multiprocessor at once. instr: of an iteration of the hot loop. times:"
-        " iterations a program. async: copies @ instructions from the issue of one to the wait for it. floor: what no"
-        " implementation can do without. bound: of an iteration; then the busiest unit of the launch, and the µs that"
-        " it would take if it never waited."
+        " iterations a program; ?: of some loop the data decides. async: copies @ instructions from the issue of one to"
+        " the wait for it. floor: what no implementation can do without. bound: of an iteration; then the busiest unit"
+        " of the launch, and the µs that it would take if it never waited."
     )
     record = {"what": NOTE, "chip": chip, "torch": torch.__version__, "triton": triton.__version__, "cases": results}
     out.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,7 @@ class Part(NamedTuple):
     iterations: Array  # of the hot loop, by program
     iteration: list[Instruction]  # one of them; empty where no loop is hot
     rest: list[Instruction]  # of a program
+    guessed: bool
 
     def matrix(self) -> Counter[str]:
         of_loop = Counter(i.matrix for i in self.iteration if i.matrix)
@@ -152,6 +153,7 @@ def parts(launch: Launch, flow: Flow, regions: list[Region]) -> list[Part]:
             iterations(hot) if hot else np.zeros(len(programs)),
             flow.path(hot, trips, worth) if hot else [],
             flow.path(None, lambda x: 0 if x is hot else trips(x), worth),
+            any(r.guessed for r in mine),
         )
 
     return [part(np.array(x)) for x in members.values()]
@@ -172,6 +174,7 @@ class Role:
     cycles: float  # of a program in one iteration, while as many programs as fit are on its SM
     once: float  # and besides
     bound: str
+    guessed: bool  # it passes loops whose bounds are not known
 
 
 @dataclass
@@ -227,17 +230,21 @@ def model(launch: Launch, machine: Machine, rules: Known, traffic: float) -> Mod
     regions = Count(launch, rules).regions
     of_launch = parts(launch, Flow(parse(disassemble(binary))), regions)
 
-    work: Counter[str] = Counter()  # cycles of SMs
+    work: dict[str, float] = defaultdict(float)  # cycles of SMs
     instructions = 0.0
     for part in of_launch:
         for trace, times in ((part.iteration, part.iterations.sum()), (part.rest, len(part.programs))):
-            work.update({unit: cycles * times for unit, cycles in busy(trace, machine, warps).items()})
+            for unit, cycles in busy(trace, machine, warps).items():
+                work[unit] += cycles * times
             instructions += len(trace) * times * warps * 32
     moved = sum(float(region.passed.sum()) * region.bytes for region in regions)
+    # Of a number that several threads load L2 sends less than their instructions ask for.
+    asked = max(1.0, work["L2"] * machine.l2 / max(moved, 1.0))
+    machine, work["L2"] = machine._replace(l2=machine.l2 * asked), work["L2"] / asked
     far = min(moved, traffic) > machine.l2_size
     latency = LATENCY["dram" if far else "global"]
     together = [40.0 * n for n in range(resident)]  # when programs of one wave begin
-    cycles = np.zeros(programs)
+    took = np.zeros(programs)  # cycles
     roles = []
     for part in of_launch:
         each = steady(part.iteration, machine, warps, resident, latency, STAGGERS) if part.iteration else 0.0
@@ -245,17 +252,18 @@ def model(launch: Launch, machine: Machine, rules: Known, traffic: float) -> Mod
             once = simulate(part.rest, machine, warps, together, latency)
         else:  # while some load others compute
             once = steady(part.rest, machine, warps, resident, latency, [1 / resident])
-        cycles[part.programs] = once + each * part.iterations
+        took[part.programs] = once + each * part.iterations
         trace = part.iteration or part.rest
         unit, most = max(busy(trace, machine, warps).items(), key=lambda x: x[1])
         bound = unit if (each or once) < 1.4 * most * resident else "latency"
         matrix = ", ".join(f"{n} {name}" for name, n in part.matrix().items())
         mean = float(part.iterations.mean())
-        roles.append(Role(part.name, len(part.programs), mean, len(trace), matrix, *loads(trace), each, once, bound))
+        counts = (len(part.programs), mean, len(trace), matrix, *loads(trace))
+        roles.append(Role(part.name, *counts, each, once, bound, part.guessed))
     us = {unit: x / machine.sms / machine.clock / 1e3 for unit, x in work.items()}
     us["DRAM"] = min(moved, traffic) / (0.9 * machine.dram) * 1e6 if far else 0.0
     busiest = max(us, key=lambda unit: us[unit])
-    time = max(us[busiest], deal(cycles, min(programs, machine.sms * resident)) / machine.clock / 1e3)
+    time = max(us[busiest], deal(took, min(programs, machine.sms * resident)) / machine.clock / 1e3)
     return Modelled(
         launch.kernel, launch.grid, warps, registers, spills, meta.shared, resident, roles, instructions, moved, time,
         busiest, us[busiest],

@@ -42,10 +42,10 @@ class Launch(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What cannot be seen in a launch: what a line of source with some word in it loads; whether comparisons with
-    numbers that have a point come out true; how often the while loops of a kernel are passed, if not once. All else is
-    assumed: tokens are kept, loops between bounds that are not known are passed once, and those of which only the first
-    one is not known begin at 0."""
+    """What cannot be seen in a launch: what a line of source with some word in it loads, or finds to be the largest;
+    whether comparisons with numbers that have a point come out true; how often the while loops of a kernel are passed,
+    if not once. All else is assumed: tokens are kept, loops between bounds that are not known are passed once, and
+    those of which only the first one is not known begin at 0."""
 
     loaded: tuple[tuple[str, int], ...] = ()
     passes: bool = False
@@ -62,6 +62,7 @@ class Region:
     lines: Counter[Line] = field(default_factory=Counter)  # of its operations, without those of regions within
     calls: Counter[Line] = field(default_factory=Counter)  # the same, as lines of the functions that the kernel calls
     bytes: float = 0.0  # that they load and store, if no mask hinders them
+    guessed: bool = False  # how often it is passed is not known
     entered: Array = 0.0  # how often, by program
     passed: Array = 0.0  # and how often in all
 
@@ -74,7 +75,7 @@ class Operation(NamedTuple):
     name: str
     results: list[str]
     rest: str
-    line: Line | None
+    lines: tuple[Line, ...]  # of the source: the innermost one, that of the call, and so on
     bodies: list[tuple[Region, list[Any]]]
 
 
@@ -131,7 +132,7 @@ def read(text: str) -> tuple[list[str], list[Operation], list[Region]]:
                 region.bytes += math.prod(map(int, re.findall(r"\d+", pointers[1]))) * int(pointers[2]) / 8
             results = [f"{match[1]}#{n}" for n in range(int(match[2]))] if match[2] else [match[1]] if match[1] else []
             rest = match[4].rpartition(" loc(")[0] or match[4]
-            out.append(Operation(match[3], results, rest, lines[0] if lines else None, bodies))
+            out.append(Operation(match[3], results, rest, lines, bodies))
         return out, ""
 
     return parameters, block(regions[0])[0], regions
@@ -209,10 +210,11 @@ class Count:
         if name in ("get_program_id", "get_num_programs"):
             axis = "xyz".index(rest.split()[0])
             return self.ids[axis] if name == "get_program_id" else np.array(self.grid[axis])
-        if name == "load":
-            text = self.launch.source(operation.line) if operation.line else ""
-            found = (np.array(x) for word, x in self.rules.loaded if word in text)
-            return next(found, "float" if POINT.search(kind) else "int")
+        if name in ("load", "reduce"):
+            text = "".join(self.launch.source(line) for line in operation.lines[:3])
+            found = [np.array(x) for word, x in self.rules.loaded if word in text]
+            if found or name == "load":
+                return found[0] if found else "float" if POINT.search(kind) else "int"
         if name == "reduce" and known(*operands):
             same = re.search("max|min", operation.bodies[0][1][0].name) or not np.any(operands[0])
             return operands[0] if same else "int"
@@ -226,7 +228,7 @@ class Count:
             with np.errstate(all="ignore"):
                 return BINARY[name](*operands)
         if one := [x for x in operands if known(x)]:
-            if name in ("minsi", "maxsi"):  # a bound is better than nothing
+            if name == "minsi":  # a bound is better than nothing
                 return one[0]
             if name == "andi" and (not np.any(one[0]) or re.search(r"(\b|x)i1\b", kind)):
                 return one[0] if unknown == "int" or self.rules.passes else one[0] * 0
@@ -259,7 +261,8 @@ class Count:
         low, high, step = (self.values.get(x, "int") for x in bounds)
         low = np.array(0) if known(high) and not known(low) else low
         mine, at = weight, "int"
-        if known(low, high, step):
+        region.guessed = not known(low, high, step)
+        if not region.guessed:
             trips = np.broadcast_to(np.maximum(-(-(high - low) // step), 0), weight.shape)
             mine, most = weight * trips, int(trips.max())
             if most * weight.size <= LARGEST:
@@ -280,6 +283,7 @@ class Count:
     def repeat(self, operation: Operation, weight: Array) -> list[Value]:
         mine = weight * dict(self.rules.times).get(self.launch.kernel, 1)
         for region, operations in operation.bodies:
+            region.guessed = True
             region.entered, region.passed = self.by_program(weight), self.by_program(mine)
             self.run(operations, mine)
         first = (self.values.get(x, "int") for x in re.findall(r"= %([\w.#]+)", operation.rest))
