@@ -18,11 +18,13 @@ PIPE_WIDTH = 150
 
 def main() -> int:
     known = ops()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures the ops beside their rivals.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measures the ops beside their rivals, or models them."
+    )
     parser.add_argument(
         "tool",
         nargs="?",
-        choices=("sweep", "growth", "overhead", "gpu", "readme"),
+        choices=("sweep", "growth", "overhead", "model", "gpu", "readme"),
         default="sweep",
         help="default: sweep",
     )
@@ -30,6 +32,7 @@ def main() -> int:
     parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="NAME", help="default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "local", metavar="DIR")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--chip", choices=("sm_90", "sm_80"), default="sm_90", help="of the model; default: sm_90")
     parser.add_argument("--minutes", type=float, default=9.5, help="of the gpu pass, in all; default: 9.5")
     arguments = parser.parse_args()
     if arguments.tool == "gpu":
@@ -40,13 +43,15 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from . import growth, overhead, pages
+    from . import growth, model, overhead, pages
 
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if arguments.tool == "overhead":
         console.print(overhead.table())
         console.print(overhead.launches())
         return 0
+    if arguments.tool == "model":
+        return model.main(arguments.chip, arguments.op, arguments.out, console.print)
     if arguments.tool == "readme":
         pages.README.write_text(pages.filled(pages.README.read_text("utf-8"), pages.tables()), "utf-8")
         return 0
