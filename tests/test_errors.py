@@ -72,6 +72,8 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "from_offsets": (fp.spans.from_offsets, {"sentences": LISTS, "offset_mapping": [[(0, 2)]], "heads": ["PER"]}),
     "from_dense": (fp.spans.from_dense, {"labels": torch.ones(1, 1, 2, 2)}),
     "to_dense": (fp.spans.to_dense, {"spans": torch.zeros(1, 4).long(), "batch": 1, "heads": 1, "length": 1}),
+    "pad": (fp.spans.pad, {"spans": torch.zeros(1, 4).long(), "batch": 1}),
+    "flatten": (fp.spans.flatten, {"spans": torch.zeros(1, 1, 3).long()}),
     "from_padded": (fp.spans.from_padded, {"labels": torch.zeros(1, 1, 1, 2).long()}),
     "collate": (fp.spans.collate, {"examples": [{"input_ids": [1, 2], "spans": []}], "heads": ["PER"]}),
     "to_flashpointer": (fp.convert.to_flashpointer, {"state_dict": STATE, "layout": "keras", **SIZES}),
@@ -117,6 +119,7 @@ def test_the_meta_device_has_the_shapes(op: str, backend: str | None) -> None:
             spans, scores = fp.pointer_decode(**on_meta, non_overlapping=True)
             assert spans.shape == (0, 4) and spans.dtype == torch.int64
             assert scores.shape == (0,) and scores.dtype == inputs["q"].dtype
+            assert fp.pointer_decode(**on_meta, padded=True)[0].shape == (2, 0, 3)
             return
         leaves = [x.requires_grad_() for name, x in on_meta.items() if name in differentiable]
         value, expected = getattr(fp, op)(**on_meta), getattr(fp, op)(**inputs)
@@ -133,4 +136,5 @@ def test_a_head_on_the_meta_device(head: Any) -> None:
         mask, spans = torch.ones(2, 6), torch.empty(5, 4, dtype=torch.int64)
     assert module(hidden, mask).shape == (2, 3, 6, 6)
     assert module.loss(hidden, spans, mask).shape == ()
+    assert module.loss(hidden, torch.empty(2, 5, 3, dtype=torch.int64, device="meta"), mask).shape == ()
     assert module.decode(hidden, mask)[0].shape == (0, 4)

@@ -118,6 +118,8 @@ def test_nothing(place: Place, shape: tuple[int, int, int, int]) -> None:
     for options in ({}, {"top_k": 3}, {"non_overlapping": True}):
         spans, scores = fp.pointer_decode(**tensors(shape, True, torch.float32, place.device), **options)
         assert (spans.shape, scores.shape) == ((0, 4), (0,))
+    spans, scores = fp.pointer_decode(**tensors(shape, True, torch.float32, place.device), padded=True)
+    assert (spans.shape, scores.shape) == ((shape[0], 0, 3), (shape[0], 0))
 
 
 def test_strides_and_bitwise_repeatable(place: Place) -> None:
@@ -239,6 +241,23 @@ def test_what_is_dropped_on_the_way_would_not_have_stayed(
     assert len(caught) == ("max_spans" in options)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"non_overlapping": True}, {"threshold": 1e9}], ids=str)
+def test_padded(place: Place, options: dict[str, Any]) -> None:
+    inputs = tensors((3, 2, 20, 8), True, torch.float32, place.device)
+    inputs["start"][1] = -torch.inf  # a sentence without a span
+    spans, scores = fp.pointer_decode(**inputs, **options)
+    batch_first, of_rows = fp.pointer_decode(**inputs, **options, padded=True)
+    most = int(spans[:, 0].bincount(minlength=3).max())
+    assert batch_first.shape == (3, most, 3) and of_rows.shape == (3, most)
+    assert batch_first.dtype == torch.int64 and of_rows.dtype == scores.dtype
+    for b in range(3):
+        of_sentence = spans[:, 0] == b
+        count = int(of_sentence.sum())
+        assert torch.equal(batch_first[b, :count], spans[of_sentence, 1:])
+        assert torch.equal(of_rows[b, :count], scores[of_sentence])
+        assert (batch_first[b, count:] == -100).all() and (of_rows[b, count:] == -100).all()
+
+
 def test_in_a_compiled_model() -> None:
     head = fp.nn.EfficientGlobalPointer(12, 3, 8)
     hidden = torch.randn(2, 9, 12)
@@ -287,6 +306,7 @@ Q = torch.randn(2, 5, 8)
         ({"top_k": 0}, ValueError, "top_k takes an int of at least 1, or None; got int 0"),
         ({"max_spans": 2.0}, ValueError, "max_spans takes an int of at least 1, or None; got float 2.0"),
         ({"non_overlapping": 1}, TypeError, "non_overlapping takes a bool; got int 1"),
+        ({"padded": None}, TypeError, "padded takes a bool; got NoneType None"),
         ({"max_width": 0}, ValueError, "max_width takes an int of at least 1"),
     ],
 )

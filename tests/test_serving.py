@@ -105,7 +105,9 @@ def test_scores(kind: str, by: str, strict: bool) -> None:
 
 @every_head
 @pytest.mark.parametrize(
-    "options", [{}, {"threshold": 0.5}, {"top_k": 2}, {"max_spans": 7}, {"non_overlapping": True}], ids=str
+    "options",
+    [{}, {"threshold": 0.5}, {"top_k": 2}, {"max_spans": 7}, {"non_overlapping": True}, {"padded": True}],
+    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:pointer_decode")
 def test_decode(kind: str, options: dict[str, Any]) -> None:
@@ -157,13 +159,22 @@ def test_an_exported_program_decodes_in_linear_memory() -> None:
         assert peak(decode, {"hidden": hidden, "mask": mask}, (), "cpu") < 10e6
 
 
-@pytest.mark.parametrize("options", [(None, False, None), (2, False, None), (None, True, None), (None, False, 5)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (None, False, None, False),
+        (2, False, None, False),
+        (None, True, None, False),
+        (None, False, 5, False),
+        (None, False, None, True),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:pointer_decode")
-def test_opcheck(place: Place, options: tuple[int | None, bool, int | None]) -> None:
+def test_opcheck(place: Place, options: tuple[int | None, bool, int | None, bool]) -> None:
     q, k, start, end = (torch.randn(shape, device=place.device) for shape in [(2, 9, 8)] * 2 + [(2, 3, 9)] * 2)
-    mask, (top_k, non_overlapping, max_spans) = torch.rand(2, 9, device=place.device) < 0.9, options
+    mask = torch.rand(2, 9, device=place.device) < 0.9
     problem = (mask, None, True, True, None, 0.3, 3)
-    arguments = (q, k, start, end, *problem, 0.0, top_k, non_overlapping, max_spans, place.backend)
+    arguments = (q, k, start, end, *problem, 0.0, *options, place.backend)
     torch.library.opcheck(torch.ops.flashpointer.pointer_decode.default, arguments)
 
 

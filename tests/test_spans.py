@@ -193,6 +193,54 @@ def test_a_gpu_waits_for_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
         spans.to_dense(wild, 2, 2, 4)
 
 
+# Batch-first
+
+
+@given(document=documents(), extra=st.integers(0, 3), scores=st.booleans())
+def test_flat_to_padded_and_back(
+    document: tuple[list[list[tuple[str, int, int]]], list[int]], extra: int, scores: bool
+) -> None:
+    """And to the same dense labels."""
+    sentences, lengths = document
+    flat, batch = spans.from_lists(sentences, HEADS), len(sentences)
+    mixed = flat[torch.randperm(len(flat))]
+    padded = spans.pad(mixed, batch)
+    most = max((len(listed) for listed in sentences), default=0)
+    assert padded.dtype == torch.int64 and padded.shape == (batch, most, 3)
+    for b, of_sentence in enumerate(padded):
+        expected = mixed[mixed[:, 0] == b, 1:]
+        assert torch.equal(of_sentence[: len(expected)], expected)
+        assert (of_sentence[len(expected) :] == -100).all()
+    more = torch.nn.functional.pad(padded, (0, 0, 0, extra), value=-1)
+    back = spans.flatten(more)
+    assert same(back, mixed[mixed[:, 0].argsort(stable=True)])
+    size = (batch, len(HEADS), max(lengths, default=0))
+    assert torch.equal(spans.to_dense(more, *size), spans.to_dense(flat, *size))
+    if scores:
+        values = torch.randn(len(mixed))
+        rows_again, of_rows = spans.pad(mixed, batch, values)
+        assert same(rows_again, padded) and of_rows.shape == padded.shape[:2]
+        assert ((of_rows == -100) == (padded < 0).any(-1)).all()
+        flat_again, of_flat = spans.flatten(padded, of_rows)
+        assert same(flat_again, back) and torch.equal(of_flat, values[mixed[:, 0].argsort(stable=True)])
+
+
+def test_flat_spans_are_flat() -> None:
+    assert spans.flatten(TAME) is TAME
+    assert spans.flatten(TAME, torch.ones(3))[1].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_padding_is_dropped_and_what_is_wild_too(device: str) -> None:
+    """One negative entry is padding, whatever stands beside it; unchecked, as on a GPU, the rest is dropped."""
+    padded = torch.tensor([[[0, 2, 1], [-1, 9, 9]], [[9, -9, 0], [1, 3, 3]]], device=device)
+    assert same(spans.flatten(padded).cpu(), rows((0, 0, 2, 1), (1, 1, 3, 3)))
+    assert spans.to_dense(padded, 2, 2, 4).nonzero().tolist() == [[0, 0, 2, 1], [1, 1, 3, 3]]
+    compiled = torch.compile(lambda s: spans.to_dense(s, 2, 2, 4), fullgraph=True, backend="eager")
+    wild = torch.cat([padded, torch.full_like(padded[:, :1], 7)], dim=1)
+    assert torch.equal(compiled(wild), spans.to_dense(padded, 2, 2, 4))
+
+
 # Characters to tokens
 
 
@@ -501,9 +549,15 @@ def test_errors_of_dense(labels: Any, error: type[Exception], message: str) -> N
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"spans": [[0, 0, 0, 0]]}, TypeError, r"spans takes an int64 tensor \[spans, 4\]; got list"),
+        ({"spans": [[0, 0, 0, 0]]}, TypeError, r"spans takes an int64 tensor .*\[S, 4\], .*; got list"),
         ({"spans": EMPTY.int()}, TypeError, "spans takes an int64 tensor .*; got a torch.int32 tensor"),
-        ({"spans": EMPTY[0:0, 1:]}, ValueError, r"spans must be \[spans, 4\]; got .*\(0, 3\)"),
+        ({"spans": EMPTY[0:0, 1:]}, ValueError, r"spans must be an .*\[S, 4\], or .*\[B, P, 3\]; got .*\(0, 3\)"),
+        ({"spans": TAME[None, :, 1:]}, ValueError, r"spans must be \[2, P, 3\], as batch is 2; got .*\(1, 3, 3\)"),
+        (
+            {"spans": torch.tensor([[[1, 3, 3], [-1, 9, 9]], [[1, 4, 3], [1, 1, 1]]])},
+            ValueError,
+            r"spans takes rows .* below \(2, 2, 4, 4\); got \(1, 1, 4, 3\) at 2",
+        ),
         ({"batch": 2.0}, TypeError, "batch takes an int; got float 2.0"),
         ({"heads": HEADS}, TypeError, "heads takes an int; got list"),
         ({"length": -1}, ValueError, "length takes 0 or more; got -1"),
@@ -537,6 +591,35 @@ def test_errors_of_to_dense(arguments: dict[str, Any], error: type[Exception], m
 def test_errors_of_padded(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^from_padded: {message}"):
         spans.from_padded(**{"labels": torch.zeros(1, 1, 1, 2).long(), **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"spans": TAME[:, 1:]}, ValueError, r"spans takes an int64 tensor \[S, 4\]; got .*\(3, 3\)"),
+        ({"spans": TAME.int()}, TypeError, r"spans takes an int64 tensor \[S, 4\]; got a torch.int32"),
+        ({"batch": 1.0}, ValueError, "batch takes an int of at least 0; got float 1.0"),
+        ({"batch": 1}, ValueError, "spans takes rows of sentences 0 to 0; got one of sentence 1"),
+        ({"spans": rows((-1, 0, 0, 0))}, ValueError, "spans takes rows of sentences 0 to 1; got one of sentence -1"),
+        ({"values": [1.0]}, TypeError, r"values takes a tensor \[3\], one for each row of spans, .*; got list"),
+        ({"values": torch.ones(2)}, ValueError, r"values takes a tensor \[3\], one for each row of .*; got .*\(2,\)"),
+    ],
+)
+def test_errors_of_pad(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^pad: {message}"):
+        spans.pad(**{"spans": TAME, "batch": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"spans": TAME[:, 1:]}, ValueError, r"spans must be an int64 tensor of rows .*; got .*\(3, 3\)"),
+        ({"values": torch.ones(3)}, ValueError, r"values takes a tensor \[1, 3\], one for each row .*; got .*\(3,\)"),
+    ],
+)
+def test_errors_of_flatten(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^flatten: {message}"):
+        spans.flatten(**{"spans": TAME[None, :, 1:], **arguments})
 
 
 GOOD: dict[str, Any] = {"input_ids": [1, 2, 3], "spans": []}

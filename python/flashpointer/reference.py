@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .problem import flat_rows
+
 
 def _upcast(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -163,6 +165,7 @@ def pointer_loss(
 def _dense_labels(spans: torch.Tensor, span_labels: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
     """Labels of the shape of the scores. Spans outside fall into one cell behind the last, which is cut off."""
     (_, heads, length, _), cells = scores.shape, scores.numel()
+    spans = flat_rows(spans)
     b, h, m, n = spans.unbind(1)
     inside = (spans >= 0).all(1) & (b < len(scores)) & (h < heads) & (m < length) & (n < length)
     cell = torch.where(inside, ((b * heads + h) * length + m) * length + n, cells)
@@ -172,7 +175,7 @@ def _dense_labels(spans: torch.Tensor, span_labels: torch.Tensor | None, scores:
         count = len(spans)
         unlisted = torch.full((cells + 1,), count, device=spans.device)
         first = unlisted.scatter_reduce(0, cell, torch.arange(count, device=spans.device), "amin")
-        labels = torch.cat([_upcast(span_labels), span_labels.new_zeros(1)])[first]
+        labels = torch.cat([_upcast(span_labels.flatten()), span_labels.new_zeros(1)])[first]
     return labels[:cells].view(scores.shape)
 
 

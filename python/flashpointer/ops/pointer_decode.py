@@ -10,6 +10,7 @@ import torch
 
 from .. import backends, reference
 from ..problem import Problem
+from ..spans.padded import pad
 from . import _checks, _pointer, _register
 
 OP = "pointer_decode"
@@ -31,6 +32,7 @@ def pointer_decode(
     top_k: int | None = None,
     non_overlapping: bool = False,
     max_spans: int | None = None,
+    padded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The spans whose score, as ``pointer_scores`` gives it, is above the threshold.
 
@@ -48,10 +50,12 @@ def pointer_decode(
             no token with it, and so on. This runs on the CPU.
         max_spans: at most so many in all, before ``non_overlapping``: the first in the order below. A warning says so.
             An untrained model has millions of spans above 0; this bounds the memory that they take.
+        padded: batch-first, as ``flashpointer.spans.pad`` makes them, for what splits, pads or gathers batches.
 
     Returns:
         ``(spans, scores)``: int64 ``[S, 4]``, sorted rows (batch, head, start, end), end inclusive; and the score
-        ``[S]`` of each in the dtype of q, whose probability is roughly ``sigmoid(2 * score)``. Neither has a gradient.
+        ``[S]`` of each in the dtype of q, whose probability is roughly ``sigmoid(2 * score)``. Padded ``[B, P, 3]``,
+        rows (head, start, end), and ``[B, P]``, with -100 behind those of a sentence. Neither has a gradient.
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
@@ -69,10 +73,12 @@ def pointer_decode(
     for name, limit in (("top_k", top_k), ("max_spans", max_spans)):
         if limit is not None and not _checks.is_int(limit, 1):
             raise ValueError(f"{OP}: {name} takes an int of at least 1, or None; got {_checks.describe(limit)}")
-    _checks.check_flag(OP, "non_overlapping", non_overlapping)
+    for name, flag in (("non_overlapping", non_overlapping), ("padded", padded)):
+        _checks.check_flag(OP, name, flag)
     if any(map(_checks.is_batched, (q, k, start, end, mask, positions))):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported, for each sample has its own number of spans")
-    options = (float(threshold), top_k, non_overlapping, max_spans, _checks.choose_backend(OP, q, k, start, end))
+    backend = _checks.choose_backend(OP, q, k, start, end)
+    options = (float(threshold), top_k, non_overlapping, max_spans, padded, backend)
     if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export traces
         q, k, start, end = (None if x is None else x.detach() for x in (q, k, start, end))  # type: ignore[assignment]
         spans, scores = _op(q, k, start, end, *problem, heads, *options)
@@ -86,7 +92,7 @@ def pointer_decode(
 def _decode(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, problem: Problem,
     heads: int, threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None,
-    backend: str,
+    padded: bool, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     problem = problem._replace(mask=_pointer.kept_tokens(OP, problem.mask, look=True))
     with _checks.without_autocast(q):
@@ -104,7 +110,8 @@ def _decode(
     if non_overlapping and len(spans) > 0:
         kept = _greedy(spans, scores).to(spans.device)
         spans, scores = spans[kept], scores[kept]
-    return spans, scores.to(q.dtype)
+    scores = scores.to(q.dtype)
+    return pad(spans, len(q), scores) if padded else (spans, scores)
 
 
 def _cells(
@@ -143,14 +150,16 @@ def _greedy(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 # --- registration, for torch.export ----------------------------------------------------------------------------------
 
 
-def _fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, padded, _ = arguments
     count = torch.library.get_ctx().new_dynamic_size()
-    return q.new_empty((count, 4), dtype=torch.int64), q.new_empty(count)
+    shape = (q.shape[0], count) if padded else (count,)
+    return q.new_empty((*shape, 3 if padded else 4), dtype=torch.int64), q.new_empty(shape)
 
 
 _op = _register.register_pointer_op(
     "pointer_decode(Tensor q, Tensor k, Tensor? start, Tensor? end, Problem problem, SymInt heads, float threshold,"
-    " int? top_k, bool non_overlapping, int? max_spans, str backend) -> (Tensor spans, Tensor scores)",
+    " int? top_k, bool non_overlapping, int? max_spans, bool padded, str backend) -> (Tensor spans, Tensor scores)",
     _decode,
     _fake,
 )
