@@ -88,7 +88,9 @@ def test_every_argument_of_what_else_there_is(name: str, wrong: str) -> None:
     function, right = CALLABLES[name]
     of_lists = ("sentences", "examples", "heads", "lengths", "texts", "offset_mapping")
     for argument in inspect.signature(function).parameters:
-        if (wrong == "a long list" and argument in of_lists) or (wrong == "a long string" and argument == "prefix"):
+        if (wrong == "a long list" and argument in of_lists) or (
+            wrong == "a long string" and argument in ("prefix", "key")
+        ):
             continue  # which may be right
         with pytest.raises((TypeError, ValueError)) as caught:
             function(**{**right, argument: WRONG[wrong]})

@@ -84,7 +84,7 @@ def test_exclusive_ends() -> None:
     for lengths in (None, [5, 0, 4]):
         assert same(spans.from_lists(sentences, heads, lengths=lengths, end="exclusive"), expected)
     examples = [{"input_ids": [1] * 5, "spans": listed} for listed in sentences]
-    assert same(spans.collate(examples, heads=heads, end="exclusive")["spans"], expected)
+    assert same(spans.collate(examples, heads=heads, end="exclusive", padded=False)["spans"], expected)
     inclusive = [[(kind, start, end - 1) for kind, start, end in listed] for listed in sentences]
     assert same(spans.from_lists(inclusive, heads, end="inclusive"), expected)
 
@@ -97,7 +97,7 @@ def test_lists_may_be_any_iterable() -> None:
         assert same(spans.from_lists(sentences, range(3)), expected)
     examples = [{"input_ids": [1, 2, 3], "spans": iter([("PER", 1, 2)])}, {"input_ids": [1], "spans": [("LOC", 0, 0)]}]
     batch = spans.collate(iter(examples), heads=HEADS)
-    assert same(batch["spans"], expected)
+    assert same(spans.flatten(batch["spans"]), expected)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 0, 0]]
 
 
@@ -358,20 +358,95 @@ def test_collate() -> None:
     assert batch["input_ids"].tolist() == [[101, 7, 8, 102], [101, 102, 3, 3], [101, 9, 102, 3], [3, 3, 3, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    assert same(batch["spans"], rows((0, 0, 1, 2), (0, 1, 2, 2), (2, 2, 1, 1)))
+    none = [-100] * 3
+    assert batch["spans"].tolist() == [[[0, 1, 2], [1, 2, 2]], [none, none], [[2, 1, 1], none], [none, none]]
+    flat = spans.collate(EXAMPLES, heads=HEADS, pad_token_id=3, padded=False)
+    assert same(flat["spans"], rows((0, 0, 1, 2), (0, 1, 2, 2), (2, 2, 1, 1)))
+    assert all(torch.equal(flat[key], x) for key, x in batch.items() if key != "spans")
+
+
+def test_collate_by_name() -> None:
+    """Spans as mappings, as ``datasets`` stores them: in a list, or as a mapping of lists; types by number too."""
+    named = [{"label": kind, "start": start, "end": end, "score": 1.0} for kind, start, end in EXAMPLES[0]["spans"]]
+    columns = {"label": ["PER", "LOC"], "start": torch.tensor([1, 2]), "end": numpy.array([2, 2])}
+    numbers = [{"label": torch.tensor(i), "start": torch.tensor(i + 1), "end": numpy.int64(2)} for i in range(2)]
+    for heads, listed in ((HEADS, named), (HEADS, columns), (range(2), numbers)):
+        batch = spans.collate([{"input_ids": [1, 2, 3], "spans": listed}], heads=heads, key="labels")
+        assert list(batch) == ["input_ids", "attention_mask", "labels"]
+        assert batch["labels"].tolist() == [[[0, 1, 2], [1, 2, 2]]]
+        assert same(spans.from_lists([listed], heads), rows((0, 0, 1, 2), (0, 1, 2, 2)))
+    in_characters = spans.from_offsets([named], [[(0, 2), (2, 3)]], HEADS, end="inclusive").spans
+    assert same(in_characters, rows((0, 0, 0, 1), (0, 1, 1, 1)))
+
+
+def test_a_row_of_datasets() -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'flashpointer[integrations]'")
+    listed = [
+        {"input_ids": [1, 2, 3], "spans": [{"label": "LOC", "start": 1, "end": 2}]},
+        {"input_ids": [4], "spans": []},
+    ]
+    stored = datasets.Dataset.from_list(listed)
+    expected = spans.collate(listed, heads=HEADS)
+    for rows_of in (stored, stored.with_format("torch"), stored.with_format("numpy")):
+        (batch,) = DataLoader(rows_of, batch_size=2, collate_fn=functools.partial(spans.collate, heads=HEADS))
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[key], expected[key]) for key in batch)
+
+
+def test_collate_for_inference_has_no_spans() -> None:
+    batch = spans.collate([{"input_ids": [1, 2]}, {"input_ids": [3]}], heads=HEADS, key="labels")
+    assert list(batch) == ["input_ids", "attention_mask"]
+
+
+def test_collate_pads_to_a_multiple() -> None:
+    batch = spans.collate(EXAMPLES[:3], heads=HEADS, pad_token_id=3, pad_to_multiple_of=8)
+    assert batch["input_ids"].tolist()[0] == [101, 7, 8, 102, 3, 3, 3, 3]
+    assert all(batch[key].shape == (3, 8) for key in ("input_ids", "attention_mask", "token_type_ids"))
+    assert int(batch["attention_mask"].sum()) == 8
+    assert spans.collate(EXAMPLES[:3], heads=HEADS, pad_to_multiple_of=4)["input_ids"].shape == (3, 4)
+
+
+def test_collate_keeps_what_it_is_told_to() -> None:
+    examples = [{**example, "id": i} for i, example in enumerate(EXAMPLES)]
+    assert spans.collate(examples, heads=HEADS, keep=["id"])["id"] == [0, 1, 2, 3]
+
+
+RELATIONS = spans.SpanSet(["born in"], tril_mask=False)
+GPLINKER = {"entities": spans.SpanSet(HEADS), "first": RELATIONS, "last": RELATIONS}
+
+
+def test_collate_of_several_sets() -> None:
+    """GPLinker's: entities, and the pairs of first and of last tokens of subject and object, in any order."""
+    examples: list[dict[str, Any]] = [
+        {
+            "input_ids": [1] * 5,
+            "entities": [("PER", 3, 4), ("LOC", 0, 1)],
+            "first": [("born in", 3, 0)],
+            "last": [{"label": "born in", "start": 4, "end": 1}],
+        },
+        {"input_ids": [1] * 2, "entities": [], "first": [], "last": []},
+    ]
+    batch = spans.collate(examples, heads=GPLINKER)
+    assert list(batch) == ["input_ids", "attention_mask", "entities", "first", "last"]
+    assert batch["entities"].tolist() == [[[0, 3, 4], [1, 0, 1]], [[-100] * 3] * 2]
+    assert batch["first"].tolist() == [[[0, 3, 0]], [[-100] * 3]]
+    assert batch["last"].tolist() == [[[0, 4, 1]], [[-100] * 3]]
+    pairs = [{"input_ids": [1] * 5, "spans": examples[0]["first"]}]
+    assert spans.collate(pairs, heads=["born in"], tril_mask=False)["spans"].tolist() == [[[0, 3, 0]]]
 
 
 def test_collate_of_the_least() -> None:
     batch = spans.collate([{"input_ids": [5], "spans": []}], heads={})
-    assert {key: x.tolist() for key, x in batch.items()} == {"input_ids": [[5]], "attention_mask": [[1]], "spans": []}
+    assert {key: x.tolist() for key, x in batch.items()} == {"input_ids": [[5]], "attention_mask": [[1]], "spans": [[]]}
     narrow = {"input_ids": torch.ones(2, dtype=torch.int32), "attention_mask": [True, False], "spans": []}
     assert all(x.dtype == torch.int64 for x in spans.collate([narrow], heads={}).values())
     batch = spans.collate([], heads=HEADS)
     assert {key: tuple(x.shape) for key, x in batch.items()} == {
         "input_ids": (0, 0),
         "attention_mask": (0, 0),
-        "spans": (0, 4),
+        "spans": (0, 0, 3),
     }
+    assert spans.collate([], heads=HEADS, padded=False)["spans"].shape == (0, 4)
 
 
 def check_loader(**options: Any) -> None:
@@ -388,7 +463,7 @@ def check_loader(**options: Any) -> None:
 def test_collate_in_a_loader() -> None:
     check_loader()
     collate = functools.partial(spans.collate, heads={"PER": 0, "LOC": 1, "ORG": 2})
-    assert same(pickle.loads(pickle.dumps(collate))(EXAMPLES)["spans"], collate(EXAMPLES)["spans"])
+    assert torch.equal(pickle.loads(pickle.dumps(collate))(EXAMPLES)["spans"], collate(EXAMPLES)["spans"])
 
 
 @pytest.mark.slow
@@ -622,6 +697,19 @@ def test_errors_of_flatten(arguments: dict[str, Any], error: type[Exception], me
         spans.flatten(**{"spans": TAME[None, :, 1:], **arguments})
 
 
+@pytest.mark.parametrize("pair", [("born in", -1, 0), ("born in", 2, 5), ("born in", 5, 0)])
+def test_pairs_too_lie_within_their_sentence(pair: tuple[str, int, int]) -> None:
+    example = {"input_ids": [1] * 5, "entities": [], "first": [pair], "last": []}
+    with pytest.raises(ValueError, match=r"^collate: example 0 takes pairs with 0 <= start, end < 5, its length; got"):
+        spans.collate([example], heads=GPLINKER)
+    del example["last"]
+    other = {"input_ids": [1], "entities": [], "first": [], "last": []}
+    with pytest.raises(
+        ValueError, match=r"^collate: example 0 takes the keys input_ids and entities and first and las"
+    ):
+        spans.collate([example, other], heads=GPLINKER)
+
+
 GOOD: dict[str, Any] = {"input_ids": [1, 2, 3], "spans": []}
 
 
@@ -657,6 +745,13 @@ GOOD: dict[str, Any] = {"input_ids": [1, 2, 3], "spans": []}
         ({**GOOD, "spans": "PER"}, TypeError, "example 1 takes a list of .*; got str 'PER'"),
         ({**GOOD, "spans": [(LONG, 1, 1)]}, ValueError, "example 1 takes spans .* of a type in heads"),
         ({**GOOD, "spans": [("PER", 2, 3)]}, ValueError, r'example 1 .* If ends are exclusive, say end="exclusive"$'),
+        ({**GOOD, "spans": [("PER", 2, 1)]}, ValueError, r"example 1 .* If its heads have no .*, say tril_mask=False$"),
+        ({**GOOD, "spans": [{"label": "PER", "start": 1}]}, TypeError, r"example 1 takes spans .*; got \{'label'"),
+        (
+            {"input_ids": [1], "span": []},
+            ValueError,
+            r"example 1 takes the keys input_ids and spans; got \['input_ids'",
+        ),
     ],
 )
 def test_errors_of_collate(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -671,12 +766,25 @@ def test_errors_of_collate(wrong: dict[str, Any], error: type[Exception], messag
     [
         ({"pad_token_id": None}, "pad_token_id takes an int; got NoneType None"),
         ({"heads": 3}, "heads takes a mapping .*; got int 3"),
+        ({"heads": {"spans": RELATIONS, "PER": 1}}, r"heads takes a head index, 0 or more.*; got SpanSet\("),
+        ({"key": None}, "key takes a str; got NoneType None"),
+        ({"key": "input_ids"}, "key takes one that the batch has not already; got 'input_ids'"),
+        ({"padded": 1}, "padded takes a bool; got int 1"),
+        ({"tril_mask": 0}, "tril_mask takes a bool; got int 0"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of takes an int of at least 1, or None; got int 0"),
+        ({"keep": "text"}, "keep takes a list of keys; got str 'text'"),
+        ({"keep": [3]}, "keep takes keys that the batch has not already; got 3"),
+        ({"keep": ["spans"]}, "keep takes keys that the batch has not already; got 'spans'"),
+        (
+            {"keep": ["id"]},
+            r"keep takes keys that each example has; got 'id', and example 0 has \['input_ids', 'spans'\]",
+        ),
         ({"examples": None}, "examples takes a list of mappings with the keys input_ids and spans; got NoneType None"),
         ({"examples": GOOD}, "examples takes a list of mappings with the keys input_ids and spans; got dict"),
     ],
 )
 def test_errors_of_the_options_of_collate(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(TypeError, match=f"^collate: {message}"):
+    with pytest.raises((TypeError, ValueError), match=f"^collate: {message}"):
         spans.collate(**{"examples": [GOOD], "heads": HEADS, **options})
 
 

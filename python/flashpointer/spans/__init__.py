@@ -17,13 +17,14 @@ is padding. That is what DataParallel, accelerate and Trainer can split, pad and
 
 from ._read import Heads
 from .dense import from_dense, from_padded, to_dense
-from .lists import collate, from_lists
+from .lists import SpanSet, collate, from_lists
 from .offsets import FromOffsets, from_offsets
 from .padded import flatten, pad
 
 __all__ = [
     "FromOffsets",
     "Heads",
+    "SpanSet",
     "collate",
     "flatten",
     "from_dense",

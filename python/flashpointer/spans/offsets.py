@@ -98,7 +98,7 @@ def from_offsets(
             raise TypeError(f"{op}: texts takes a str for each sentence; got {_checks.describe(text)} at {i}")
         tokens = _tokens(op, i, offsets, text)
         where, size = f"sentence {i}", None if text is None else len(text)
-        for entity in _read.each(op, where, entities, f"a list of {TRIPLE}", ordered=False):
+        for entity in _read.spans_of(op, where, entities, f"a list of {TRIPLE}"):
             kind, head, start, last = _read.triple(op, where, entity, indices, TRIPLE)
             _read.check_ends(
                 op, where, entity, start, last, size, end, ("char_start", "char_end", "the length of its text")
