@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +112,29 @@ def _gathered(rank: int) -> None:
 def test_accelerate_gathers_for_metrics() -> None:
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'flashpointer[integrations]'")
     run_in_two(_gathered)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_eval_metrics": True}], ids=str)
+def test_trainer_computes_metrics_across_batches(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The same F1 at every batch size, that of sets of tuples; and with it eval_loss, as the key is "labels"."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'flashpointer[test]'")
+    sentences, model = [example(i) for i in range(13)], Tagger().eval()
+    with torch.no_grad():
+        batch = collate(sentences)
+        found = set(map(tuple, fp.spans.flatten(model(**batch)["spans"]).tolist()))
+        expected_loss = model(**batch)["loss"].item()
+    gold = {(i, *row) for i in range(13) for row in expected_spans(i)}
+    expected = 2 * len(found & gold) / (len(found) + len(gold))
+    assert 0 < expected < 1
+    for size in (1, 4, 13):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=size, use_cpu=True, report_to=[], disable_tqdm=True,
+            remove_unused_columns=False, **options,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, data_collator=collate, eval_dataset=sentences,
+            compute_metrics=fp.metrics.SpanF1(TYPES).compute_metrics,
+        )  # fmt: skip
+        result = trainer.evaluate()
+        assert result["eval_f1"] == pytest.approx(expected)
+        assert result["eval_loss"] == pytest.approx(expected_loss, rel=1e-4)

@@ -76,6 +76,7 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "flatten": (fp.spans.flatten, {"spans": torch.zeros(1, 1, 3).long()}),
     "from_padded": (fp.spans.from_padded, {"labels": torch.zeros(1, 1, 1, 2).long()}),
     "collate": (fp.spans.collate, {"examples": [{"input_ids": [1, 2], "spans": []}], "heads": ["PER"]}),
+    "SpanF1": (fp.metrics.SpanF1, {"heads": ["PER"]}),
     "to_flashpointer": (fp.convert.to_flashpointer, {"state_dict": STATE, "layout": "keras", **SIZES}),
     "from_flashpointer": (fp.convert.from_flashpointer, {"state_dict": STATE, "layout": "keras", **SIZES}),
     "use_backend": (lambda name: fp.use_backend(name).__enter__(), {"name": "tiled"}),
