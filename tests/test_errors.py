@@ -63,6 +63,7 @@ def test_every_option(op: str, wrong: str) -> None:
 
 LISTS = [[("PER", 0, 1)]]
 STATE = fp.nn.EfficientGlobalPointer(8, 3, 4).state_dict()
+ONE = {"spans": torch.zeros(1, 4).long(), "heads": ["PER"]}
 SIZES = {"heads": 3, "head_size": 4}
 CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "GlobalPointer": (fp.nn.GlobalPointer, {"hidden_size": 8, "heads": 3}),
@@ -70,6 +71,10 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ZLPRLoss": (fp.nn.ZLPRLoss, {}),
     "from_lists": (fp.spans.from_lists, {"sentences": LISTS, "heads": ["PER"]}),
     "from_offsets": (fp.spans.from_offsets, {"sentences": LISTS, "offset_mapping": [[(0, 2)]], "heads": ["PER"]}),
+    "from_words": (fp.spans.from_words, {"sentences": LISTS, "word_ids": [[0, 1]], "heads": ["PER"]}),
+    "from_utf16": (fp.spans.from_utf16, {"sentences": LISTS, "texts": ["ab"]}),
+    "to_entities": (fp.spans.to_entities, {**ONE, "offset_mapping": [[(0, 2)]], "texts": ["ab"]}),
+    "to_words": (fp.spans.to_words, {**ONE, "word_ids": [[0]], "words": [["a"]]}),
     "from_dense": (fp.spans.from_dense, {"labels": torch.ones(1, 1, 2, 2)}),
     "to_dense": (fp.spans.to_dense, {"spans": torch.zeros(1, 4).long(), "batch": 1, "heads": 1, "length": 1}),
     "pad": (fp.spans.pad, {"spans": torch.zeros(1, 4).long(), "batch": 1}),
@@ -87,7 +92,7 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CALLABLES)
 def test_every_argument_of_what_else_there_is(name: str, wrong: str) -> None:
     function, right = CALLABLES[name]
-    of_lists = ("sentences", "examples", "heads", "lengths", "texts", "offset_mapping")
+    of_lists = ("sentences", "examples", "heads", "lengths", "texts", "offset_mapping", "word_ids", "words", "windows")
     for argument in inspect.signature(function).parameters:
         if (wrong == "a long list" and argument in of_lists) or (
             wrong == "a long string" and argument in ("prefix", "key")

@@ -17,8 +17,9 @@ is padding. That is what DataParallel, accelerate and Trainer can split, pad and
 
 from ._read import Heads
 from .dense import from_dense, from_padded, to_dense
+from .entities import from_utf16, to_entities, to_words
 from .lists import SpanSet, collate, from_lists
-from .offsets import FromOffsets, from_offsets
+from .offsets import FromOffsets, from_offsets, from_words
 from .padded import flatten, pad
 
 __all__ = [
@@ -31,6 +32,10 @@ __all__ = [
     "from_lists",
     "from_offsets",
     "from_padded",
+    "from_utf16",
+    "from_words",
     "pad",
     "to_dense",
+    "to_entities",
+    "to_words",
 ]

@@ -74,6 +74,7 @@ def table(op: str, heads: Heads) -> dict[Any, int]:
     return indices
 
 
+TRIPLE = "(type, start, end)"
 FIELDS = ("label", "start", "end")
 
 
@@ -86,8 +87,9 @@ def spans_of(op: str, where: str, spans: Any, takes: str) -> list[Any]:
     return each(op, where, spans, takes, ordered=False)
 
 
-def triple(op: str, where: str, span: Any, heads: dict[Any, int], takes: str) -> tuple[Any, int, int, int]:
-    """The type, the head index and the two ends of a span as a data set gives it: in this order, or by name."""
+def triple(op: str, where: str, span: Any, heads: dict[Any, int] | None, takes: str) -> tuple[Any, int, int, int]:
+    """The type, the head index and the two ends of a span as a data set gives it: type and ends in this order, or by
+    name. Without heads a type may be anything, and its index is -1."""
     fields = span
     if isinstance(span, Mapping) and span.keys() >= set(FIELDS):
         fields = [span[name] for name in FIELDS]
@@ -97,11 +99,11 @@ def triple(op: str, where: str, span: Any, heads: dict[Any, int], takes: str) ->
     if isinstance(kind, torch.Tensor) and kind.numel() == 1:  # whose hash is not that of its number
         kind = kind.item()
     try:
-        head = heads.get(kind)
+        head = -1 if heads is None else heads.get(kind)
     except TypeError:  # not hashable
         head = None
     if head is None:
-        types = _checks.short(list(heads))
+        types = _checks.short(list(heads or ()))
         raise ValueError(f"{op}: {where} takes spans {takes} of a type in heads, {types}; got {_checks.short(span)}")
     if start is None or end is None:
         raise TypeError(f"{op}: {where} takes spans {takes} with ints; got {_checks.short(span)}")

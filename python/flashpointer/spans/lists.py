@@ -12,8 +12,7 @@ from . import _read
 from ._read import Heads
 from .padded import pad
 
-TRIPLE = "(type, start, end)"
-LIST = f"a list of {TRIPLE}"
+LIST = f"a list of {_read.TRIPLE}"
 
 
 class SpanSet(NamedTuple):
@@ -170,7 +169,7 @@ def _rows(
             raise TypeError(f"{op}: lengths takes an int for each {unit}; got {_checks.describe(lengths[i])} at {i}")
         where = f"{unit} {i}"
         for span in _read.spans_of(op, where, spans, LIST):
-            _, head, first, last = _read.triple(op, where, span, indices, TRIPLE)
+            _, head, first, last = _read.triple(op, where, span, indices, _read.TRIPLE)
             if of.tril_mask:
                 _read.check_ends(op, where, span, first, last, length, end, _read.TOKENS)
             else:
