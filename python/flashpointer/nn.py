@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,21 +111,23 @@ class _PointerHead(torch.nn.Module):
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None = None,
-        threshold: float = 0.0,
+        threshold: float | Sequence[float] | torch.Tensor = 0.0,
         positions: torch.Tensor | None = None,
         *,
         top_k: int | None = None,
         non_overlapping: bool = False,
+        non_crossing: bool = False,
+        one_label: bool = False,
         max_spans: int | None = None,
         padded: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The spans whose score is above the threshold, found without storing the scores. On a GPU it waits for the
-        device once, to learn how many there are.
+        device, to learn how many there are.
 
         Args:
             hidden, mask, positions: as for ``forward``.
-            threshold, top_k, non_overlapping, max_spans, padded: as for ``pointer_decode``. 0 is where the loss puts
-                the threshold.
+            threshold, top_k, non_overlapping, non_crossing, one_label, max_spans, padded: as for ``pointer_decode``. 0
+                is where the loss puts the threshold.
 
         Returns:
             ``(spans, scores)``: int64 ``[S, 4]``, sorted rows (batch, head, start, end), end inclusive; and the score
@@ -135,7 +138,8 @@ class _PointerHead(torch.nn.Module):
             TypeError, ValueError: for an argument of wrong type, shape, device or value.
         """
         options: dict[str, Any] = {
-            "top_k": top_k, "non_overlapping": non_overlapping, "max_spans": max_spans, "padded": padded,
+            "top_k": top_k, "non_overlapping": non_overlapping, "non_crossing": non_crossing, "one_label": one_label,
+            "max_spans": max_spans, "padded": padded,
         }  # fmt: skip
         return pointer_decode(threshold=threshold, **options, **self._arguments(hidden, mask, positions))
 

@@ -5,6 +5,7 @@ Differentiated by PyTorch. Computed in float32 at least, whatever autocast says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -185,14 +186,15 @@ def pointer_decode(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
     problem: Any,
-    threshold: float,
+    threshold: Sequence[float],
     max_spans: int | None = None,
     top_k: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The cells of ``pointer_scores`` above the threshold, flat and sorted, their scores, and how many there are."""
+    """The cells of ``pointer_scores`` above the threshold, of all heads or of each, flat and sorted, their scores, and
+    how many there are."""
     biases = (None if x is None else _upcast(x) for x in (start, end))
     scores = pointer_scores(_upcast(q), _upcast(k), *biases, **problem._asdict())
-    above = scores > threshold
+    above = scores > scores.new_tensor(threshold).view(-1, 1, 1)
     if top_k is not None and scores.numel() > 0:
         planes = scores.masked_fill(~above, -torch.inf).flatten(2)
         best = planes.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
