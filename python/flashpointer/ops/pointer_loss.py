@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from ..problem import Problem, flat_rows
+from ..problem import Problem
 from . import _checks, _pointer, _register, _rows
 
 OP = "pointer_loss"
@@ -136,15 +136,10 @@ def _compute(
     span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str, backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     _check_values(spans, span_labels, q, heads)
-    spans, span_labels = _flat(spans, span_labels)
     losses, saved = backends.implementation(OP, backend).forward(
         *_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem
     )
     return _rows.reduce(losses, losses.shape, reduction), list(saved.tensors())
-
-
-def _flat(spans: torch.Tensor, span_labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return flat_rows(spans), None if span_labels is None else span_labels.flatten()
 
 
 def _fake(
@@ -238,7 +233,6 @@ def _compute_with_gradient(
     span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     _check_values(spans, span_labels, q, heads)
-    spans, span_labels = _flat(spans, span_labels)
     tiled = backends.implementation(OP, "tiled")
     kept = tiled.Kept(tiled.KEPT)
     losses, saved = tiled.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem, kept)

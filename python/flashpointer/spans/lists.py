@@ -80,7 +80,8 @@ def collate(
             several sets of spans a mapping from the key of each, in examples and batch, to its ``SpanSet``.
         pad_token_id: pads input_ids; 0 pads the others.
         end: "inclusive" or "exclusive", as in ``from_lists``.
-        key: of the spans in the batch: as "labels" Trainer takes them for labels, and computes ``eval_loss``.
+        key: of the spans in the batch: as "labels" Trainer takes them for labels, and computes ``eval_loss``. (It drops
+            what forward does not name before it collates: say ``remove_unused_columns=False``.)
         padded: batch-first, which whoever splits, pads or gathers the batch treats as any other tensor. False gives
             ``[S, 4]``, whose first column counts the sentences of this batch: right only while it stays whole.
         tril_mask: as in ``from_lists``; that of several sets is in each.
