@@ -252,7 +252,7 @@ def _listed(
     numbers.add_(m // _height(batch * own_heads, length), alpha=batch * heads * length**2)
     numbers, order = numbers.masked_fill_(~valid, NOWHERE).sort(stable=True)
     repeated = numbers[1:] == numbers[:-1]
-    if repeated.any():
+    if repeated.any() and repeated.logical_and_(numbers[1:] != NOWHERE).any():
         numbers[1:].masked_fill_(repeated, NOWHERE)
         numbers, again = numbers.sort(stable=True)
         order = order[again]
