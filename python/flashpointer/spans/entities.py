@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,12 +60,9 @@ def to_entities(
         tokens_of(op, f"{name} of row {row}", offsets, None if known is None else known[of[row]])
         for row, offsets in enumerate(rows)
     ]
-    found = _merged(op, spans, scores, heads, tokens, [len(offsets) for offsets in rows], of)
-    of_texts = [found.get(i, []) for i in range(max(of, default=-1) + 1 if known is None else len(known))]
-    return [
-        [({} if known is None else {"text": known[i][x["start"] : x["end"]]}) | x for x in here]
-        for i, here in enumerate(of_texts)
-    ]
+    text = None if known is None else lambda i, start, end: known[i][start:end]
+    sentences = max(of, default=-1) + 1 if known is None else len(known)
+    return _entities(op, spans, scores, heads, _Rows(tokens, [len(x) for x in rows], of, sentences), text)
 
 
 def to_words(
@@ -105,17 +102,12 @@ def to_words(
         if listed is not None and max(tokens[row].ends, default=0) > len(listed[i]):
             got = f"{len(listed[i])} for sentence {i}, of which word_ids has word {tokens[row].ends[-1] - 1}"
             raise ValueError(f"{op}: words takes all words of each sentence; got {got}")
-    found, beyond = _merged(op, spans, scores, heads, tokens, [len(ids) for ids in rows], of), int(end == "inclusive")
-    of_texts = [found.get(i, []) for i in range(max(of, default=-1) + 1 if listed is None else len(listed))]
-    return [
-        [
-            ({} if listed is None else {"text": " ".join(listed[i][x["start"] : x["end"]])})
-            | x
-            | {"end": x["end"] - beyond}
-            for x in here
-        ]
-        for i, here in enumerate(of_texts)
-    ]
+    text = None if listed is None else lambda i, start, end: " ".join(listed[i][start:end])
+    sentences = max(of, default=-1) + 1 if listed is None else len(listed)
+    found = _entities(op, spans, scores, heads, _Rows(tokens, [len(x) for x in rows], of, sentences), text)
+    for entity in chain.from_iterable(found):
+        entity["end"] -= int(end == "inclusive")
+    return found
 
 
 def from_utf16(
@@ -152,31 +144,44 @@ def from_utf16(
     return converted
 
 
-def _merged(
-    op: str, spans: torch.Tensor, scores: torch.Tensor | None, heads: Heads, tokens: list[Tokens], sizes: list[int],
-    of: list[int],
-) -> dict[int, list[dict[str, Any]]]:  # fmt: skip
-    """Entities by sentence, in units of the starts and ends of tokens, end exclusive: of windows each once."""
+class _Rows(NamedTuple):
+    """What spans count: sentences, or windows of them."""
+
+    tokens: list[Tokens]
+    sizes: list[int]
+    """Of each row the number of its tokens,"""
+    of: list[int]
+    """and its sentence."""
+    sentences: int
+
+
+def _entities(
+    op: str, spans: torch.Tensor, scores: torch.Tensor | None, heads: Heads, rows: _Rows,
+    text: Callable[[int, int, int], str] | None,
+) -> list[list[dict[str, Any]]]:  # fmt: skip
+    """Of each sentence, in units of the starts and ends of tokens, end exclusive; of windows each once."""
     _checks.check_spans(op, spans)
     kinds = {head: kind for kind, head in reversed(_read.table(op, heads).items())}
     flat, values = _scored(op, spans, scores)
-    best: dict[int, dict[tuple[int, int, int], float]] = {}
+    best: list[dict[tuple[int, int, int], float]] = [{} for _ in range(rows.sentences)]
     for (row, head, first, last), score in zip(flat.tolist(), values, strict=True):
-        if not (0 <= row < len(tokens) and head in kinds and 0 <= first <= last < sizes[row]):
+        if not (0 <= row < len(rows.of) and head in kinds and 0 <= first <= last < rows.sizes[row]):
             takes = "rows (batch, head, start, end) of these tokens and heads, start <= end"
             raise ValueError(f"{op}: spans takes {takes}; got {(row, head, first, last)}")
-        here = tokens[row]
+        here, found = rows.tokens[row], best[rows.of[row]]
         i, j = bisect_left(here.indices, first), bisect_right(here.indices, last) - 1
         if i <= j:
-            found, cell = best.setdefault(of[row], {}), (here.starts[i], here.ends[j], head)
+            cell = here.starts[i], here.ends[j], head
             found[cell] = max(score, found.get(cell, score))
-    return {
-        i: [
-            {"label": kinds[head], "start": start, "end": end} | ({} if scores is None else {"score": score})
+    return [
+        [
+            ({} if text is None else {"text": text(i, start, end)})
+            | {"label": kinds[head], "start": start, "end": end}
+            | ({} if scores is None else {"score": score})
             for (start, end, head), score in sorted(found.items())
         ]
-        for i, found in best.items()
-    }
+        for i, found in enumerate(best)
+    ]
 
 
 def _scored(op: str, spans: torch.Tensor, scores: torch.Tensor | None) -> tuple[torch.Tensor, list[float]]:
