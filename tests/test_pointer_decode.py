@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -310,7 +309,7 @@ def test_a_threshold_for_each_head(place: Place, dtype: torch.dtype, shared: boo
     thresholds = [-0.5, float("inf"), exact[0, 2, 3, 5].item(), 1.25]
     limit, top_k = options.get("max_spans"), options.get("top_k")
     by_tiles = limit is not None and place.backend == "triton"  # whose rounding is another one
-    with fp.use_backend("tiled") if by_tiles else contextlib.nullcontext():
+    with fp.use_backend("tiled") if by_tiles else nullcontext():
         of_heads = [fp.pointer_decode(**inputs, threshold=t, top_k=top_k) for t in thresholds]
     each = [(spans[spans[:, 1] == h], scores[spans[:, 1] == h]) for h, (spans, scores) in enumerate(of_heads)]
     every, of_every = (torch.cat(x) for x in zip(*each, strict=True))
@@ -326,7 +325,12 @@ def test_thresholds_in_any_form(backend: str) -> None:
     with fp.use_backend(backend):
         expected = fp.pointer_decode(**inputs, threshold=listed)
         assert len(expected[0]) > 0
-        for given in (tuple(listed), torch.tensor(listed), np.array(listed), torch.tensor(listed).to(torch.float16)):
+        for given in (
+            tuple(listed),
+            torch.tensor(listed),
+            torch.tensor(listed).numpy(),
+            torch.tensor(listed).to(torch.float16),
+        ):
             assert all(map(torch.equal, fp.pointer_decode(**inputs, threshold=given), expected))
         assert all(
             map(torch.equal, fp.pointer_decode(**inputs, threshold=[1.5]), fp.pointer_decode(**inputs, threshold=1.5))
@@ -386,7 +390,7 @@ def test_memory_does_not_grow_with_what_is_found(options: dict[str, int]) -> Non
     """An untrained model with two million spans, which would take 168 MB."""
     inputs = tensors((1, 4, 1024, 16), True, torch.float32, "cpu")
     inputs["start"] += 2
-    with pytest.warns(UserWarning) if "max_spans" in options else contextlib.nullcontext():
+    with pytest.warns(UserWarning) if "max_spans" in options else nullcontext():
         assert peak(decode, {**inputs, **options}, (), "cpu") < 50e6
 
 
