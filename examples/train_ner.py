@@ -228,7 +228,7 @@ def collate(examples: Sequence[dict[str, Any]], types: Sequence[str], padding: i
     """A batch: that of ``fp.spans.collate``, and the word of each piece, -1 for special and padding tokens."""
     words = [torch.tensor(example["words"]) for example in examples]
     padded = nn.utils.rnn.pad_sequence(words, batch_first=True, padding_value=-1)
-    return {**fp.spans.collate(examples, heads=types, pad_token_id=padding), "words": padded}
+    return {**fp.spans.collate(examples, heads=types, pad_token_id=padding, padded=False), "words": padded}
 
 
 class Tagger(nn.Module):

@@ -52,11 +52,12 @@ def safe(x):
 
 
 class Listing(NamedTuple):
-    """The spans [count, 4] as they came, and what tells whether they are valid."""
+    """The spans as they came, and what tells whether they are valid: of padding an entry is negative."""
 
-    ptr: Any
+    ptr: Any  # [count, 4], or where they are padded [count, 3], without the sentence
     stride_s: Any
     stride_c: Any
+    per_sentence: Any  # so many, padding too, if they are padded; else None
     labels: Any  # [count], or None
     stride_l: Any
     mask: Any  # [B, N], or None
@@ -70,10 +71,14 @@ def load_key(listing, i, spans, shape, tile):
     """Of spans i, unsorted."""
     at = listing.ptr + i.to(tl.int64) * listing.stride_s
     here = i < spans.count
-    b = tl.load(at, mask=here, other=-1)
-    head = tl.load(at + listing.stride_c, mask=here, other=-1)
-    m = tl.load(at + 2 * listing.stride_c, mask=here, other=-1)
-    n = tl.load(at + 3 * listing.stride_c, mask=here, other=-1)
+    if listing.per_sentence is None:
+        b = tl.load(at, mask=here, other=-1)
+        at += listing.stride_c
+    else:
+        b = (i // listing.per_sentence).to(tl.int64)
+    head = tl.load(at, mask=here, other=-1)
+    m = tl.load(at + listing.stride_c, mask=here, other=-1)
+    n = tl.load(at + 2 * listing.stride_c, mask=here, other=-1)
     valid = (b >= 0) & (b < shape.groups // listing.own_heads) & (head >= 0)
     valid = valid & (head < listing.own_heads * shape.heads)
     valid = valid & (m >= 0) & (m < shape.length) & (n >= 0) & (n < shape.length)

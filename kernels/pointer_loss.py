@@ -101,7 +101,8 @@ MARK = tl.constexpr(2.0**120)
 COUNTED = 4096  # more spans are sorted by PyTorch, not by counting, whose time grows with their square
 SORTED = tl.constexpr(4)  # spans to a program that counts
 TURNED = 2048  # elements of q and of k to a program
-PER_BATCH = ["groups", "length", "count", "n_bits", "max_width", "listers"]  # what a kernel is not compiled anew for
+# What a kernel is not compiled anew for.
+PER_BATCH = ["groups", "length", "count", "per_sentence", "n_bits", "max_width", "listers"]
 
 
 # --- launch 1: prepare -----------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def prepare_head(group, inputs, h, shape, tile, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=PER_BATCH)
 def prepare_kernel(
     q, k, start, end, mask, positions, spans, span_labels, workspace,
-    own_heads, groups, heads, length, count, n_bits, h_bits, max_width, sign, sorters,
+    own_heads, groups, heads, length, count, n_bits, h_bits, max_width, sign, sorters, per_sentence,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn, stride_pb, stride_pn,
     stride_ls, stride_lc, stride_t,
@@ -184,7 +185,9 @@ def prepare_kernel(
     h = i % own_heads
     kept = Tokens(mask, offset(b, 0, stride_mb, 0), stride_mn)
     if at < 0:
-        listing = Listing(spans, stride_ls, stride_lc, span_labels, stride_t, mask, stride_mb, stride_mn, own_heads)
+        listing = Listing(
+            spans, stride_ls, stride_lc, per_sentence, span_labels, stride_t, mask, stride_mb, stride_mn, own_heads
+        )  # fmt: skip
         to = open_spans(workspace, count, n_bits, h_bits)
         if COUNTING:
             sort_spans(listing, tl.program_id(0) * SORTED, to, shape, tile, SORTED)
@@ -789,9 +792,11 @@ def forward(
 ) -> tuple[torch.Tensor, Saved]:
     """Losses [B, heads] in float32, and what backward needs.
 
-    q, k [B, heads or 1, N, D]; start, end [B, heads, N]; spans [S, 4], int64; span_labels [S]; ``problem`` as for
-    ``pointer_scores.forward``.
+    q, k [B, heads or 1, N, D]; start, end [B, heads, N]; spans [S, 4] or [B, P, 3], int64; span_labels [S] or [B, P];
+    ``problem`` as for ``pointer_scores.forward``.
     """
+    per_sentence = spans.shape[1] if spans.dim() == 3 else None
+    spans, span_labels = spans.flatten(0, -2), None if span_labels is None else span_labels.flatten()
     shape = (*q.shape, heads, len(spans))
     saved = empty_saved(shape, q)
     losses = torch.empty((q.shape[0], heads), dtype=torch.float32, device=q.device)
@@ -813,7 +818,7 @@ def forward(
     registers = all_registers()
     with torch.cuda.device_of(q):
         prepare_kernel[(sorters + groups * (padded // tokens + of_group),)](
-            q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters,
+            q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters, per_sentence,
             *q.stride(), *k.stride(), *_strides(start, 3), *_strides(end, 3), *_strides(mask, 2),
             *_strides(positions, 2), *spans.stride(), *_strides(span_labels, 1), tile,
             BLOCK=block, TOKENS=tokens, COUNTING=count <= COUNTED, num_warps=4, **registers,

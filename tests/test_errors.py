@@ -63,6 +63,7 @@ def test_every_option(op: str, wrong: str) -> None:
 
 LISTS = [[("PER", 0, 1)]]
 STATE = fp.nn.EfficientGlobalPointer(8, 3, 4).state_dict()
+ONE = {"spans": torch.zeros(1, 4).long(), "heads": ["PER"]}
 SIZES = {"heads": 3, "head_size": 4}
 CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "GlobalPointer": (fp.nn.GlobalPointer, {"hidden_size": 8, "heads": 3}),
@@ -70,10 +71,17 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ZLPRLoss": (fp.nn.ZLPRLoss, {}),
     "from_lists": (fp.spans.from_lists, {"sentences": LISTS, "heads": ["PER"]}),
     "from_offsets": (fp.spans.from_offsets, {"sentences": LISTS, "offset_mapping": [[(0, 2)]], "heads": ["PER"]}),
+    "from_words": (fp.spans.from_words, {"sentences": LISTS, "word_ids": [[0, 1]], "heads": ["PER"]}),
+    "from_utf16": (fp.spans.from_utf16, {"sentences": LISTS, "texts": ["ab"]}),
+    "to_entities": (fp.spans.to_entities, {**ONE, "offset_mapping": [[(0, 2)]], "texts": ["ab"]}),
+    "to_words": (fp.spans.to_words, {**ONE, "word_ids": [[0]], "words": [["a"]]}),
     "from_dense": (fp.spans.from_dense, {"labels": torch.ones(1, 1, 2, 2)}),
     "to_dense": (fp.spans.to_dense, {"spans": torch.zeros(1, 4).long(), "batch": 1, "heads": 1, "length": 1}),
+    "pad": (fp.spans.pad, {"spans": torch.zeros(1, 4).long(), "batch": 1}),
+    "flatten": (fp.spans.flatten, {"spans": torch.zeros(1, 1, 3).long()}),
     "from_padded": (fp.spans.from_padded, {"labels": torch.zeros(1, 1, 1, 2).long()}),
     "collate": (fp.spans.collate, {"examples": [{"input_ids": [1, 2], "spans": []}], "heads": ["PER"]}),
+    "SpanF1": (fp.metrics.SpanF1, {"heads": ["PER"]}),
     "to_flashpointer": (fp.convert.to_flashpointer, {"state_dict": STATE, "layout": "keras", **SIZES}),
     "from_flashpointer": (fp.convert.from_flashpointer, {"state_dict": STATE, "layout": "keras", **SIZES}),
     "use_backend": (lambda name: fp.use_backend(name).__enter__(), {"name": "tiled"}),
@@ -84,9 +92,11 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CALLABLES)
 def test_every_argument_of_what_else_there_is(name: str, wrong: str) -> None:
     function, right = CALLABLES[name]
-    of_lists = ("sentences", "examples", "heads", "lengths", "texts", "offset_mapping")
+    of_lists = ("sentences", "examples", "heads", "lengths", "texts", "offset_mapping", "word_ids", "words", "windows")
     for argument in inspect.signature(function).parameters:
-        if (wrong == "a long list" and argument in of_lists) or (wrong == "a long string" and argument == "prefix"):
+        if (wrong == "a long list" and argument in of_lists) or (
+            wrong == "a long string" and argument in ("prefix", "key")
+        ):
             continue  # which may be right
         with pytest.raises((TypeError, ValueError)) as caught:
             function(**{**right, argument: WRONG[wrong]})
@@ -117,6 +127,7 @@ def test_the_meta_device_has_the_shapes(op: str, backend: str | None) -> None:
             spans, scores = fp.pointer_decode(**on_meta, non_overlapping=True)
             assert spans.shape == (0, 4) and spans.dtype == torch.int64
             assert scores.shape == (0,) and scores.dtype == inputs["q"].dtype
+            assert fp.pointer_decode(**on_meta, padded=True)[0].shape == (2, 0, 3)
             return
         leaves = [x.requires_grad_() for name, x in on_meta.items() if name in differentiable]
         value, expected = getattr(fp, op)(**on_meta), getattr(fp, op)(**inputs)
@@ -133,4 +144,5 @@ def test_a_head_on_the_meta_device(head: Any) -> None:
         mask, spans = torch.ones(2, 6), torch.empty(5, 4, dtype=torch.int64)
     assert module(hidden, mask).shape == (2, 3, 6, 6)
     assert module.loss(hidden, spans, mask).shape == ()
+    assert module.loss(hidden, torch.empty(2, 5, 3, dtype=torch.int64, device="meta"), mask).shape == ()
     assert module.decode(hidden, mask)[0].shape == (0, 4)

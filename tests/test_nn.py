@@ -401,7 +401,7 @@ HIDDEN_STATES, SPANS = torch.randn(2, LENGTH, HIDDEN), torch.zeros(1, 4, dtype=t
         ({"hidden": HIDDEN_STATES.half()}, ValueError, "hidden takes torch.float32, as the weights are, or autocast"),
         ({"mask": torch.ones(2, 5)}, ValueError, r"mask must be \[B, N\]"),
         ({"positions": torch.ones(LENGTH)}, TypeError, "positions takes an integer tensor"),
-        ({"spans": SPANS[0]}, ValueError, r"spans must be \[S, 4\]"),
+        ({"spans": SPANS[0]}, ValueError, r"spans must be an int64 tensor of rows .*\[S, 4\], or"),
         ({"spans": SPANS + 6}, ValueError, r"spans takes rows .* below \(2, 3, 7, 7\)"),
         ({"reduction": "max"}, ValueError, "reduction takes one of"),
     ],

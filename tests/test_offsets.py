@@ -443,7 +443,7 @@ LONG = "x" * 1_000_000
         ({"sentences": [[torch.zeros(99, 99)]]}, TypeError, "sentence 0 takes spans .*; got tensor"),
         ({"sentences": [[numpy.zeros((99, 99))]]}, TypeError, "sentence 0 takes spans .*; got array"),
         ({"sentences": [[("PER", 0, 19)]]}, ValueError, "sentence 0 takes spans with .*; got"),
-        ({"offset_mapping": {"offset_mapping": [PIECES]}}, TypeError, "offset_mapping takes one for .*; got dict"),
+        ({"offset_mapping": {"offsets": [PIECES]}}, TypeError, "offset_mapping takes one for .*; got dict"),
         ({"offset_mapping": [None]}, TypeError, "offset_mapping of sentence 0 takes .*; got NoneType None"),
         ({"offset_mapping": ["abc"]}, TypeError, "offset_mapping of sentence 0 takes .*; got str 'abc'"),
         ({"offset_mapping": numpy.zeros((1, 3))}, TypeError, "offset_mapping of sentence 0 takes .*; got 0.0 at token"),

@@ -118,6 +118,8 @@ def test_nothing(place: Place, shape: tuple[int, int, int, int]) -> None:
     for options in ({}, {"top_k": 3}, {"non_overlapping": True}):
         spans, scores = fp.pointer_decode(**tensors(shape, True, torch.float32, place.device), **options)
         assert (spans.shape, scores.shape) == ((0, 4), (0,))
+    spans, scores = fp.pointer_decode(**tensors(shape, True, torch.float32, place.device), padded=True)
+    assert (spans.shape, scores.shape) == ((shape[0], 0, 3), (shape[0], 0))
 
 
 def test_strides_and_bitwise_repeatable(place: Place) -> None:
@@ -239,6 +241,126 @@ def test_what_is_dropped_on_the_way_would_not_have_stayed(
     assert len(caught) == ("max_spans" in options)
 
 
+# GLiNER's greedy modes: which of two spans (start, end) of one sentence rule each other out.
+
+
+def overlap(a: list[int], b: list[int]) -> bool:
+    return a[0] <= b[1] and b[0] <= a[1]
+
+
+def cross(a: list[int], b: list[int]) -> bool:
+    return overlap(a, b) and not (a[0] <= b[0] and b[1] <= a[1]) and not (b[0] <= a[0] and a[1] <= b[1])
+
+
+def same(a: list[int], b: list[int]) -> bool:
+    return a == b
+
+
+MODES = {
+    ("non_overlapping",): [overlap],
+    ("non_crossing",): [cross],
+    ("one_label",): [same],
+    ("non_crossing", "one_label"): [cross, same],
+    ("non_overlapping", "one_label"): [overlap],
+}
+
+
+@pytest.mark.parametrize("grid", [None, 0.5, 1e9], ids=["distinct", "some equal", "all equal"])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_the_best_first_then_what_goes_with_it(place: Place, mode: tuple[str, ...], grid: float | None) -> None:
+    """Against comparing each span with all that are kept; of equal ones the first is the better one."""
+    B, H, N = 3, 4, 20
+    inputs = tensors((B, H, N, 8), True, torch.float32, place.device)
+    inputs["start"] += 1
+    if grid is not None:
+        inputs = {name: torch.zeros_like(x) for name, x in inputs.items()}
+        inputs["start"] = (torch.randn(B, H, N, device=place.device) / grid).round() * grid + 1
+    every, of_every = fp.pointer_decode(**inputs)
+    rows, kept = every.tolist(), []
+    for i in of_every.sort(descending=True, stable=True).indices.tolist():
+        others = [rows[j][2:] for j in kept if rows[j][0] == rows[i][0]]
+        if not any(conflict(rows[i][2:], other) for other in others for conflict in MODES[mode]):
+            kept.append(i)
+    spans, scores = fp.pointer_decode(**inputs, **dict.fromkeys(mode, True))
+    assert torch.equal(spans, every[sorted(kept)]) and torch.equal(scores, of_every[sorted(kept)])
+    assert 0 < len(spans) < len(every)
+
+
+def test_pairs_that_run_backwards_are_chosen_among_too(place: Place) -> None:
+    """By the tokens between their ends; one_label tells the two directions apart."""
+    inputs = {**tensors((2, 3, 15, 8), True, torch.float32, place.device), "tril_mask": False}
+    every, of_every = fp.pointer_decode(**inputs)
+    ends, rows = every[:, 2:].sort(dim=1).values.tolist(), every.tolist()
+    for name, conflict, of in (("non_crossing", cross, ends), ("one_label", same, [row[2:] for row in rows])):
+        kept: list[int] = []
+        for i in of_every.sort(descending=True, stable=True).indices.tolist():
+            if not any(rows[j][0] == rows[i][0] and conflict(of[i], of[j]) for j in kept):
+                kept.append(i)
+        assert torch.equal(fp.pointer_decode(**inputs, **{name: True})[0], every[sorted(kept)])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"max_spans": 9}, {"top_k": 4, "max_spans": 9}], ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.filterwarnings("ignore:pointer_decode")
+def test_a_threshold_for_each_head(place: Place, dtype: torch.dtype, shared: bool, options: dict[str, int]) -> None:
+    """What each head alone finds above its own, bit for bit: at the score of a span too, which is not above itself."""
+    inputs = tensors((2, 4, 20, 8), shared, dtype, place.device)
+    exact = fp.pointer_scores(**{name: x.float() if dtype != torch.float64 else x for name, x in inputs.items()})
+    thresholds = [-0.5, float("inf"), exact[0, 2, 3, 5].item(), 1.25]
+    limit, top_k = options.get("max_spans"), options.get("top_k")
+    by_tiles = limit is not None and place.backend == "triton"  # whose rounding is another one
+    with fp.use_backend("tiled") if by_tiles else nullcontext():
+        of_heads = [fp.pointer_decode(**inputs, threshold=t, top_k=top_k) for t in thresholds]
+    each = [(spans[spans[:, 1] == h], scores[spans[:, 1] == h]) for h, (spans, scores) in enumerate(of_heads)]
+    every, of_every = (torch.cat(x) for x in zip(*each, strict=True))
+    order = torch.tensor(sorted(range(len(every)), key=lambda i: every[i].tolist()), device=place.device)
+    spans, scores = fp.pointer_decode(**inputs, threshold=thresholds, **options)
+    assert len(every) > 4 and not (spans[:, 1] == 1).any()
+    assert torch.equal(spans, every[order][:limit]) and torch.equal(scores, of_every[order][:limit])
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_thresholds_in_any_form(backend: str) -> None:
+    inputs, listed = tensors((2, 3, 20, 8), True, torch.float32, "cpu"), [0.5, -1.0, 0.0]
+    with fp.use_backend(backend):
+        expected = fp.pointer_decode(**inputs, threshold=listed)
+        assert len(expected[0]) > 0
+        for given in (
+            tuple(listed),
+            torch.tensor(listed),
+            torch.tensor(listed).numpy(),
+            torch.tensor(listed).to(torch.float16),
+        ):
+            assert all(map(torch.equal, fp.pointer_decode(**inputs, threshold=given), expected))
+        assert all(
+            map(torch.equal, fp.pointer_decode(**inputs, threshold=[1.5]), fp.pointer_decode(**inputs, threshold=1.5))
+        )
+
+
+def test_max_spans_with_a_threshold_for_each_head_says_so(place: Place) -> None:
+    inputs = tensors((2, 2, 20, 8), True, torch.float32, place.device)
+    count = len(fp.pointer_decode(**inputs, threshold=[0.0, 1.0])[0])
+    with pytest.warns(UserWarning, match=f"{count} spans are above the thresholds of their heads; the first 7"):
+        fp.pointer_decode(**inputs, threshold=[0.0, 1.0], max_spans=7)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"non_overlapping": True}, {"threshold": 1e9}], ids=str)
+def test_padded(place: Place, options: dict[str, Any]) -> None:
+    inputs = tensors((3, 2, 20, 8), True, torch.float32, place.device)
+    inputs["start"][1] = -torch.inf  # a sentence without a span
+    spans, scores = fp.pointer_decode(**inputs, **options)
+    batch_first, of_rows = fp.pointer_decode(**inputs, **options, padded=True)
+    most = int(spans[:, 0].bincount(minlength=3).max())
+    assert batch_first.shape == (3, most, 3) and of_rows.shape == (3, most)
+    assert batch_first.dtype == torch.int64 and of_rows.dtype == scores.dtype
+    for b in range(3):
+        of_sentence = spans[:, 0] == b
+        count = int(of_sentence.sum())
+        assert torch.equal(batch_first[b, :count], spans[of_sentence, 1:])
+        assert torch.equal(of_rows[b, :count], scores[of_sentence])
+        assert (batch_first[b, count:] == -100).all() and (of_rows[b, count:] == -100).all()
+
+
 def test_in_a_compiled_model() -> None:
     head = fp.nn.EfficientGlobalPointer(12, 3, 8)
     hidden = torch.randn(2, 9, 12)
@@ -282,11 +404,18 @@ Q = torch.randn(2, 5, 8)
     "arguments, error, message",
     [
         ({"q": Q.long()}, TypeError, "q takes a floating-point tensor"),
-        ({"threshold": "0"}, ValueError, "threshold takes a number; got str '0'"),
-        ({"threshold": float("nan")}, ValueError, "threshold takes a number; got float nan"),
+        ({"threshold": "0"}, ValueError, "threshold takes a number, or one for each of 1 heads; got str '0'"),
+        ({"threshold": float("nan")}, ValueError, "threshold takes a number, .*; got float nan"),
+        ({"threshold": [0.0, 1.0]}, ValueError, r"threshold takes a number, .*; got list \[0.0, 1.0\]"),
+        ({"threshold": ["0"]}, ValueError, r"threshold takes a number, .*; got list \['0'\]"),
+        ({"threshold": torch.zeros(1, 1)}, ValueError, r"threshold takes a number, .*; got a torch.float32 tensor"),
+        ({"threshold": True}, ValueError, r"threshold takes a number, .*; got bool True"),
+        ({"non_crossing": "yes"}, TypeError, "non_crossing takes a bool; got str 'yes'"),
+        ({"one_label": None}, TypeError, "one_label takes a bool; got NoneType None"),
         ({"top_k": 0}, ValueError, "top_k takes an int of at least 1, or None; got int 0"),
         ({"max_spans": 2.0}, ValueError, "max_spans takes an int of at least 1, or None; got float 2.0"),
         ({"non_overlapping": 1}, TypeError, "non_overlapping takes a bool; got int 1"),
+        ({"padded": None}, TypeError, "padded takes a bool; got NoneType None"),
         ({"max_width": 0}, ValueError, "max_width takes an int of at least 1"),
     ],
 )

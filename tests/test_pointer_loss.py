@@ -177,7 +177,7 @@ def test_order_and_repetition_do_not_matter(place: Place) -> None:
 
 
 def test_many_spans_are_sorted_elsewhere(place: Place) -> None:
-    """In the order of the few: by PyTorch on a GPU, where counting would take quadratic time."""
+    """In the order of the few: by PyTorch on a GPU, where counting would take quadratic time. Padded ones too."""
     inputs = {**problem((2, 3, 20, 16), device=place.device, count=30), "reduction": "none"}
     inputs["span_labels"] = torch.rand(len(inputs["spans"]), device=place.device)
     expected = evaluate(inputs)
@@ -187,6 +187,55 @@ def test_many_spans_are_sorted_elsewhere(place: Place) -> None:
         for x, y in zip(evaluate(inputs), expected, strict=True):
             assert torch.equal(x, y)
         agree({**inputs, "span_labels": None})
+        agree({**inputs, "span_labels": None, "spans": padded(inputs["spans"], 2)})
+
+
+PAD_ROWS = torch.tensor([[-100, -100, -100], [0, -1, 2], [1, 3, -7], [-1, 999, 999]])  # one negative entry is enough
+
+
+def padded(spans: torch.Tensor, batch: int, extra: int = 1) -> torch.Tensor:
+    """Batch-first, with padding of every kind, ``extra`` rows of it behind each sentence and some in between."""
+    lists = [spans[spans[:, 0] == b, 1:].cpu() for b in range(batch)]
+    most = max(map(len, lists)) + extra + 1
+    rows = PAD_ROWS[torch.arange(most * batch) % len(PAD_ROWS)].view(batch, most, 3).clone()
+    for b, listed in enumerate(lists):
+        rows[b, 1 : 1 + len(listed)] = listed
+    return rows.to(spans.device)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_a_padded_list_is_the_flat_one(place: Place, dtype: torch.dtype, shared: bool, soft: bool) -> None:
+    """Bit for bit: padding lists nothing, and makes no row a direct one."""
+    inputs = {**problem((3, 3, 20, 16), shared, dtype, place.device, count=20), "reduction": "none"}
+    inputs["spans"] = flat = inputs["spans"][inputs["spans"][:, 0].argsort(stable=True)]
+    inputs["mask"] = holes(3, 20, place.device)
+    batch_first = padded(flat, 3)
+    assert batch_first.shape[1] > 3 and torch.equal(fp.spans.flatten(batch_first), flat)
+    both = [inputs, {**inputs, "spans": batch_first}, {**inputs, "spans": batch_first.mT.contiguous().mT}]
+    if soft:
+        labels = torch.rand(len(flat), device=place.device)
+        labels[::4] = -100
+        of_rows = torch.full(batch_first.shape[:2], 7.0, device=place.device)  # padding may have any label
+        of_rows[(batch_first >= 0).all(-1)] = labels
+        both = [{**one, "span_labels": x} for one, x in zip(both, (labels, of_rows, of_rows), strict=True)]
+    upstream = torch.rand(3, 3, device=place.device)
+    expected, *others = (evaluate(one, upstream) for one in both)
+    for values in others:
+        assert all(map(torch.equal, values, expected))
+    with fp.use_backend("reference"):
+        expected, *others = (evaluate(one, upstream) for one in both)
+    for values in others:
+        assert all(map(torch.equal, values, expected))
+
+
+def test_nothing_but_padding(place: Place) -> None:
+    inputs = {**problem((2, 3, 20, 16), device=place.device), "reduction": "mean"}
+    expected = evaluate({**inputs, "spans": inputs["spans"][:0]})
+    for spans in (torch.full((2, 3, 3), -100), torch.zeros(2, 0, 3, dtype=torch.int64)):
+        assert all(map(torch.equal, evaluate({**inputs, "spans": spans.to(place.device)}), expected))
+    nothing = {name: x[:0] for name, x in inputs.items() if name != "reduction"}
+    assert fp.pointer_loss(**{**nothing, "spans": torch.zeros(0, 5, 3, dtype=torch.int64, device=place.device)}) == 0
 
 
 def test_padding_is_not_visited(place: Place) -> None:
@@ -483,11 +532,14 @@ def test_a_loss_scaler_steps(place: Place) -> None:
         assert relative_error(x.double() / 65536, y) < 2e-3
 
 
+@pytest.mark.parametrize("form", ["flat", "padded"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-def test_opcheck(place: Place, shared: bool) -> None:
+def test_opcheck(place: Place, shared: bool, form: str) -> None:
     inputs = problem((2, 3, 9, 8), shared, device=place.device)
+    if form == "padded":
+        inputs["spans"] = padded(inputs["spans"], 2)
     values = [inputs[name].requires_grad_() for name in ("q", "k", "start", "end")]
-    labels, mask = torch.rand(len(inputs["spans"]), device=place.device), holes(2, 9, place.device)
+    labels, mask = torch.rand(inputs["spans"].shape[:-1], device=place.device), holes(2, 9, place.device)
     rest = (inputs["spans"], labels, mask, None, True, True, 4, 0.3, 3)
     ops = torch.ops.flashpointer
     for reduction in ("none", "mean"):
@@ -497,13 +549,14 @@ def test_opcheck(place: Place, shared: bool) -> None:
     saved = [x.detach() for x in ops.pointer_loss(*values, *rest, "none", place.backend)[1]]
     biases = [x.detach() for x in values[2:]]
     upstream = torch.rand(2, 3, device=place.device)
-    shape = [2, 1 if shared else 3, 9, 8, 3, len(inputs["spans"])]
+    shape = [2, 1 if shared else 3, 9, 8, 3, labels.numel()]
     arguments = (upstream, saved, *biases, mask, None, True, True, 4, 0.3, shape, "none", torch.float32, place.backend)
     torch.library.opcheck(ops.pointer_loss_backward.default, arguments)
 
 
+@pytest.mark.parametrize("form", ["flat", "padded"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_fullgraph(place: Place, dynamic: bool) -> None:
+def test_fullgraph(place: Place, dynamic: bool, form: str) -> None:
     if place.small:
         pytest.skip("one compiled process is enough: opcheck traces the interpreted kernels")
     torch._dynamo.reset()
@@ -514,6 +567,8 @@ def test_fullgraph(place: Place, dynamic: bool) -> None:
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
     for shape, count in (((2, 3, 10, 8), 12), ((3, 3, 17, 8), 8)):
         inputs = {**problem(shape, device=place.device, count=count), "mask": holes(shape[0], shape[2], place.device)}
+        if form == "padded":
+            inputs["spans"] = padded(inputs["spans"], shape[0])
         expected = run(step, inputs, differentiable(inputs))
         for x, y in zip(run(compiled, inputs, differentiable(inputs)), expected, strict=True):
             assert relative_error(x, y) < 1e-6
@@ -561,8 +616,11 @@ def test_a_cuda_graph_replays_it() -> None:
 
 
 @pytest.mark.gpu
-def test_no_host_sync() -> None:
+@pytest.mark.parametrize("form", ["flat", "padded"])
+def test_no_host_sync(form: str) -> None:
     inputs = problem((4, 9, 128, 64), dtype=torch.bfloat16, device="cuda", count=40)
+    if form == "padded":
+        inputs["spans"] = padded(inputs["spans"], 4)
     evaluate(inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -575,6 +633,7 @@ def test_no_host_sync() -> None:
 
 
 Q, BIAS, SPANS = torch.randn(2, 5, 8), torch.randn(2, 3, 5), torch.tensor([[0, 1, 2, 3], [1, 2, 0, 0]])
+PADDED = torch.tensor([[[1, 2, 3], [-100, -100, -100]], [[2, 0, 0], [2, 4, -1]]])
 
 
 @pytest.mark.parametrize(
@@ -583,13 +642,32 @@ Q, BIAS, SPANS = torch.randn(2, 5, 8), torch.randn(2, 3, 5), torch.tensor([[0, 1
         ({"q": Q.long()}, TypeError, "q takes a floating-point tensor.*; got a torch.int64"),
         ({"k": Q[:1]}, ValueError, r"k must have the shape.*; got .*\(1, 5, 8\)"),
         ({"mask": torch.ones(2, 4)}, ValueError, r"mask must be \[B, N\] = \(2, 5\).*; got .*\(2, 4\)"),
-        ({"spans": [[0, 1, 2, 3]]}, TypeError, r"spans takes an int64 tensor \[S, 4\]; got list"),
+        ({"spans": [[0, 1, 2, 3]]}, TypeError, r"spans takes an int64 tensor .*\[S, 4\], or .*\[B, P, 3\]; got list"),
         ({"spans": SPANS.int()}, TypeError, "spans takes an int64 tensor.*; got a torch.int32"),
-        ({"spans": SPANS[:, :3]}, ValueError, r"spans must be \[S, 4\]; got .*\(2, 3\)"),
+        ({"spans": SPANS[:, :3]}, ValueError, r"spans must be an .*\[S, 4\], or .*\[B, P, 3\]; got .*\(2, 3\)"),
+        ({"spans": torch.tensor(3)}, ValueError, r"spans must be an .*\[S, 4\], or .*\[B, P, 3\]; got .*\(\)"),
+        ({"spans": PADDED[..., :2]}, ValueError, r"spans must be an .*\[B, P, 3\]; got .*\(2, 2, 2\)"),
+        ({"spans": SPANS[None]}, ValueError, r"spans must be an .*\[B, P, 3\]; got .*\(1, 2, 4\)"),
+        ({"spans": PADDED[:1]}, ValueError, r"spans must be \[2, P, 3\], for the sentences of q; got .*\(1, 2, 3\)"),
+        (
+            {"spans": PADDED + torch.tensor([1, 0, 0])},
+            ValueError,
+            r"rows \(head, start, end\) below \(3, 5, 5\); got \(3, 0, 0\) at \(1, 0\)",
+        ),
+        (
+            {"spans": PADDED, "span_labels": torch.ones(2)},
+            ValueError,
+            r"must be \(2, 2\), one for each.*; got .*\(2,\)",
+        ),
+        (
+            {"spans": PADDED, "span_labels": torch.tensor([[1.0, 9.0], [-1.0, 9.0]])},
+            ValueError,
+            r"span_labels takes 0 to 1, or -100 for a cell to leave out; got -1.0 at \(1, 0\)",
+        ),
         ({"spans": SPANS.to("meta")}, ValueError, "spans must be on cpu"),
         ({"spans": SPANS + torch.tensor([0, 0, 0, 2])}, ValueError, r"below \(2, 3, 5, 5\); got \(0, 1, 2, 5\) at 0"),
         ({"spans": SPANS - torch.tensor([0, 2, 0, 0])}, ValueError, r"got \(0, -1, 2, 3\) at 0"),
-        ({"span_labels": torch.ones(3)}, ValueError, r"span_labels must be \[S\].*2 spans; got .*\(3,\)"),
+        ({"span_labels": torch.ones(3)}, ValueError, r"must be \(2,\), one for each row of spans; got .*\(3,\)"),
         ({"span_labels": torch.ones(2).long()}, TypeError, "span_labels takes a floating-point tensor"),
         (
             {"span_labels": torch.tensor([0.5, 1.5])},

@@ -105,7 +105,17 @@ def test_scores(kind: str, by: str, strict: bool) -> None:
 
 @every_head
 @pytest.mark.parametrize(
-    "options", [{}, {"threshold": 0.5}, {"top_k": 2}, {"max_spans": 7}, {"non_overlapping": True}], ids=str
+    "options",
+    [
+        {},
+        {"threshold": 0.5},
+        {"top_k": 2},
+        {"max_spans": 7},
+        {"non_overlapping": True},
+        {"padded": True},
+        {"one_label": True, "threshold": [0.5, 0.0, -1.0]},
+    ],
+    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:pointer_decode")
 def test_decode(kind: str, options: dict[str, Any]) -> None:
@@ -157,13 +167,24 @@ def test_an_exported_program_decodes_in_linear_memory() -> None:
         assert peak(decode, {"hidden": hidden, "mask": mask}, (), "cpu") < 10e6
 
 
-@pytest.mark.parametrize("options", [(None, False, None), (2, False, None), (None, True, None), (None, False, 5)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ([0.0], None, False, False, False, None, False),
+        ([0.0], 2, False, False, False, None, False),
+        ([0.0], None, True, False, False, None, False),
+        ([0.0], None, False, True, True, None, False),
+        ([0.0], None, False, False, False, 5, False),
+        ([0.5, 0.0, -1.0], None, False, False, False, None, False),
+        ([0.0], None, False, False, False, None, True),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:pointer_decode")
-def test_opcheck(place: Place, options: tuple[int | None, bool, int | None]) -> None:
+def test_opcheck(place: Place, options: tuple[Any, ...]) -> None:
     q, k, start, end = (torch.randn(shape, device=place.device) for shape in [(2, 9, 8)] * 2 + [(2, 3, 9)] * 2)
-    mask, (top_k, non_overlapping, max_spans) = torch.rand(2, 9, device=place.device) < 0.9, options
+    mask = torch.rand(2, 9, device=place.device) < 0.9
     problem = (mask, None, True, True, None, 0.3, 3)
-    arguments = (q, k, start, end, *problem, 0.0, top_k, non_overlapping, max_spans, place.backend)
+    arguments = (q, k, start, end, *problem, *options, place.backend)
     torch.library.opcheck(torch.ops.flashpointer.pointer_decode.default, arguments)
 
 

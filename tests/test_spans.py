@@ -84,7 +84,7 @@ def test_exclusive_ends() -> None:
     for lengths in (None, [5, 0, 4]):
         assert same(spans.from_lists(sentences, heads, lengths=lengths, end="exclusive"), expected)
     examples = [{"input_ids": [1] * 5, "spans": listed} for listed in sentences]
-    assert same(spans.collate(examples, heads=heads, end="exclusive")["spans"], expected)
+    assert same(spans.collate(examples, heads=heads, end="exclusive", padded=False)["spans"], expected)
     inclusive = [[(kind, start, end - 1) for kind, start, end in listed] for listed in sentences]
     assert same(spans.from_lists(inclusive, heads, end="inclusive"), expected)
 
@@ -97,7 +97,7 @@ def test_lists_may_be_any_iterable() -> None:
         assert same(spans.from_lists(sentences, range(3)), expected)
     examples = [{"input_ids": [1, 2, 3], "spans": iter([("PER", 1, 2)])}, {"input_ids": [1], "spans": [("LOC", 0, 0)]}]
     batch = spans.collate(iter(examples), heads=HEADS)
-    assert same(batch["spans"], expected)
+    assert same(spans.flatten(batch["spans"]), expected)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 0, 0]]
 
 
@@ -191,6 +191,54 @@ def test_a_gpu_waits_for_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashpointer.backends.CHECK_INDICES", True)
     with pytest.raises(ValueError, match="to_dense: spans takes rows"):
         spans.to_dense(wild, 2, 2, 4)
+
+
+# Batch-first
+
+
+@given(document=documents(), extra=st.integers(0, 3), scores=st.booleans())
+def test_flat_to_padded_and_back(
+    document: tuple[list[list[tuple[str, int, int]]], list[int]], extra: int, scores: bool
+) -> None:
+    """And to the same dense labels."""
+    sentences, lengths = document
+    flat, batch = spans.from_lists(sentences, HEADS), len(sentences)
+    mixed = flat[torch.randperm(len(flat))]
+    padded = spans.pad(mixed, batch)
+    most = max((len(listed) for listed in sentences), default=0)
+    assert padded.dtype == torch.int64 and padded.shape == (batch, most, 3)
+    for b, of_sentence in enumerate(padded):
+        expected = mixed[mixed[:, 0] == b, 1:]
+        assert torch.equal(of_sentence[: len(expected)], expected)
+        assert (of_sentence[len(expected) :] == -100).all()
+    more = torch.nn.functional.pad(padded, (0, 0, 0, extra), value=-1)
+    back = spans.flatten(more)
+    assert same(back, mixed[mixed[:, 0].argsort(stable=True)])
+    size = (batch, len(HEADS), max(lengths, default=0))
+    assert torch.equal(spans.to_dense(more, *size), spans.to_dense(flat, *size))
+    if scores:
+        values = torch.randn(len(mixed))
+        rows_again, of_rows = spans.pad(mixed, batch, values)
+        assert same(rows_again, padded) and of_rows.shape == padded.shape[:2]
+        assert ((of_rows == -100) == (padded < 0).any(-1)).all()
+        flat_again, of_flat = spans.flatten(padded, of_rows)
+        assert same(flat_again, back) and torch.equal(of_flat, values[mixed[:, 0].argsort(stable=True)])
+
+
+def test_flat_spans_are_flat() -> None:
+    assert spans.flatten(TAME) is TAME
+    assert spans.flatten(TAME, torch.ones(3))[1].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_padding_is_dropped_and_what_is_wild_too(device: str) -> None:
+    """One negative entry is padding, whatever stands beside it; unchecked, as on a GPU, the rest is dropped."""
+    padded = torch.tensor([[[0, 2, 1], [-1, 9, 9]], [[9, -9, 0], [1, 3, 3]]], device=device)
+    assert same(spans.flatten(padded).cpu(), rows((0, 0, 2, 1), (1, 1, 3, 3)))
+    assert spans.to_dense(padded, 2, 2, 4).nonzero().tolist() == [[0, 0, 2, 1], [1, 1, 3, 3]]
+    compiled = torch.compile(lambda s: spans.to_dense(s, 2, 2, 4), fullgraph=True, backend="eager")
+    wild = torch.cat([padded, torch.full_like(padded[:, :1], 7)], dim=1)
+    assert torch.equal(compiled(wild), spans.to_dense(padded, 2, 2, 4))
 
 
 # Characters to tokens
@@ -310,20 +358,95 @@ def test_collate() -> None:
     assert batch["input_ids"].tolist() == [[101, 7, 8, 102], [101, 102, 3, 3], [101, 9, 102, 3], [3, 3, 3, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    assert same(batch["spans"], rows((0, 0, 1, 2), (0, 1, 2, 2), (2, 2, 1, 1)))
+    none = [-100] * 3
+    assert batch["spans"].tolist() == [[[0, 1, 2], [1, 2, 2]], [none, none], [[2, 1, 1], none], [none, none]]
+    flat = spans.collate(EXAMPLES, heads=HEADS, pad_token_id=3, padded=False)
+    assert same(flat["spans"], rows((0, 0, 1, 2), (0, 1, 2, 2), (2, 2, 1, 1)))
+    assert all(torch.equal(flat[key], x) for key, x in batch.items() if key != "spans")
+
+
+def test_collate_by_name() -> None:
+    """Spans as mappings, as ``datasets`` stores them: in a list, or as a mapping of lists; types by number too."""
+    named = [{"label": kind, "start": start, "end": end, "score": 1.0} for kind, start, end in EXAMPLES[0]["spans"]]
+    columns = {"label": ["PER", "LOC"], "start": torch.tensor([1, 2]), "end": numpy.array([2, 2])}
+    numbers = [{"label": torch.tensor(i), "start": torch.tensor(i + 1), "end": numpy.int64(2)} for i in range(2)]
+    for heads, listed in ((HEADS, named), (HEADS, columns), (range(2), numbers)):
+        batch = spans.collate([{"input_ids": [1, 2, 3], "spans": listed}], heads=heads, key="labels")
+        assert list(batch) == ["input_ids", "attention_mask", "labels"]
+        assert batch["labels"].tolist() == [[[0, 1, 2], [1, 2, 2]]]
+        assert same(spans.from_lists([listed], heads), rows((0, 0, 1, 2), (0, 1, 2, 2)))
+    in_characters = spans.from_offsets([named], [[(0, 2), (2, 3)]], HEADS, end="inclusive").spans
+    assert same(in_characters, rows((0, 0, 0, 1), (0, 1, 1, 1)))
+
+
+def test_a_row_of_datasets() -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'flashpointer[integrations]'")
+    listed = [
+        {"input_ids": [1, 2, 3], "spans": [{"label": "LOC", "start": 1, "end": 2}]},
+        {"input_ids": [4], "spans": []},
+    ]
+    stored = datasets.Dataset.from_list(listed)
+    expected = spans.collate(listed, heads=HEADS)
+    for rows_of in (stored, stored.with_format("torch"), stored.with_format("numpy")):
+        (batch,) = DataLoader(rows_of, batch_size=2, collate_fn=functools.partial(spans.collate, heads=HEADS))
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[key], expected[key]) for key in batch)
+
+
+def test_collate_for_inference_has_no_spans() -> None:
+    batch = spans.collate([{"input_ids": [1, 2]}, {"input_ids": [3]}], heads=HEADS, key="labels")
+    assert list(batch) == ["input_ids", "attention_mask"]
+
+
+def test_collate_pads_to_a_multiple() -> None:
+    batch = spans.collate(EXAMPLES[:3], heads=HEADS, pad_token_id=3, pad_to_multiple_of=8)
+    assert batch["input_ids"].tolist()[0] == [101, 7, 8, 102, 3, 3, 3, 3]
+    assert all(batch[key].shape == (3, 8) for key in ("input_ids", "attention_mask", "token_type_ids"))
+    assert int(batch["attention_mask"].sum()) == 8
+    assert spans.collate(EXAMPLES[:3], heads=HEADS, pad_to_multiple_of=4)["input_ids"].shape == (3, 4)
+
+
+def test_collate_keeps_what_it_is_told_to() -> None:
+    examples = [{**example, "id": i} for i, example in enumerate(EXAMPLES)]
+    assert spans.collate(examples, heads=HEADS, keep=["id"])["id"] == [0, 1, 2, 3]
+
+
+RELATIONS = spans.SpanSet(["born in"], tril_mask=False)
+GPLINKER = {"entities": spans.SpanSet(HEADS), "first": RELATIONS, "last": RELATIONS}
+
+
+def test_collate_of_several_sets() -> None:
+    """GPLinker's: entities, and the pairs of first and of last tokens of subject and object, in any order."""
+    examples: list[dict[str, Any]] = [
+        {
+            "input_ids": [1] * 5,
+            "entities": [("PER", 3, 4), ("LOC", 0, 1)],
+            "first": [("born in", 3, 0)],
+            "last": [{"label": "born in", "start": 4, "end": 1}],
+        },
+        {"input_ids": [1] * 2, "entities": [], "first": [], "last": []},
+    ]
+    batch = spans.collate(examples, heads=GPLINKER)
+    assert list(batch) == ["input_ids", "attention_mask", "entities", "first", "last"]
+    assert batch["entities"].tolist() == [[[0, 3, 4], [1, 0, 1]], [[-100] * 3] * 2]
+    assert batch["first"].tolist() == [[[0, 3, 0]], [[-100] * 3]]
+    assert batch["last"].tolist() == [[[0, 4, 1]], [[-100] * 3]]
+    pairs = [{"input_ids": [1] * 5, "spans": examples[0]["first"]}]
+    assert spans.collate(pairs, heads=["born in"], tril_mask=False)["spans"].tolist() == [[[0, 3, 0]]]
 
 
 def test_collate_of_the_least() -> None:
     batch = spans.collate([{"input_ids": [5], "spans": []}], heads={})
-    assert {key: x.tolist() for key, x in batch.items()} == {"input_ids": [[5]], "attention_mask": [[1]], "spans": []}
+    assert {key: x.tolist() for key, x in batch.items()} == {"input_ids": [[5]], "attention_mask": [[1]], "spans": [[]]}
     narrow = {"input_ids": torch.ones(2, dtype=torch.int32), "attention_mask": [True, False], "spans": []}
     assert all(x.dtype == torch.int64 for x in spans.collate([narrow], heads={}).values())
     batch = spans.collate([], heads=HEADS)
     assert {key: tuple(x.shape) for key, x in batch.items()} == {
         "input_ids": (0, 0),
         "attention_mask": (0, 0),
-        "spans": (0, 4),
+        "spans": (0, 0, 3),
     }
+    assert spans.collate([], heads=HEADS, padded=False)["spans"].shape == (0, 4)
 
 
 def check_loader(**options: Any) -> None:
@@ -340,7 +463,7 @@ def check_loader(**options: Any) -> None:
 def test_collate_in_a_loader() -> None:
     check_loader()
     collate = functools.partial(spans.collate, heads={"PER": 0, "LOC": 1, "ORG": 2})
-    assert same(pickle.loads(pickle.dumps(collate))(EXAMPLES)["spans"], collate(EXAMPLES)["spans"])
+    assert torch.equal(pickle.loads(pickle.dumps(collate))(EXAMPLES)["spans"], collate(EXAMPLES)["spans"])
 
 
 @pytest.mark.slow
@@ -501,9 +624,15 @@ def test_errors_of_dense(labels: Any, error: type[Exception], message: str) -> N
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"spans": [[0, 0, 0, 0]]}, TypeError, r"spans takes an int64 tensor \[spans, 4\]; got list"),
+        ({"spans": [[0, 0, 0, 0]]}, TypeError, r"spans takes an int64 tensor .*\[S, 4\], .*; got list"),
         ({"spans": EMPTY.int()}, TypeError, "spans takes an int64 tensor .*; got a torch.int32 tensor"),
-        ({"spans": EMPTY[0:0, 1:]}, ValueError, r"spans must be \[spans, 4\]; got .*\(0, 3\)"),
+        ({"spans": EMPTY[0:0, 1:]}, ValueError, r"spans must be an .*\[S, 4\], or .*\[B, P, 3\]; got .*\(0, 3\)"),
+        ({"spans": TAME[None, :, 1:]}, ValueError, r"spans must be \[2, P, 3\], as batch is 2; got .*\(1, 3, 3\)"),
+        (
+            {"spans": torch.tensor([[[1, 3, 3], [-1, 9, 9]], [[1, 4, 3], [1, 1, 1]]])},
+            ValueError,
+            r"spans takes rows .* below \(2, 2, 4, 4\); got \(1, 1, 4, 3\) at 2",
+        ),
         ({"batch": 2.0}, TypeError, "batch takes an int; got float 2.0"),
         ({"heads": HEADS}, TypeError, "heads takes an int; got list"),
         ({"length": -1}, ValueError, "length takes 0 or more; got -1"),
@@ -537,6 +666,48 @@ def test_errors_of_to_dense(arguments: dict[str, Any], error: type[Exception], m
 def test_errors_of_padded(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^from_padded: {message}"):
         spans.from_padded(**{"labels": torch.zeros(1, 1, 1, 2).long(), **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"spans": TAME[:, 1:]}, ValueError, r"spans takes an int64 tensor \[S, 4\]; got .*\(3, 3\)"),
+        ({"spans": TAME.int()}, TypeError, r"spans takes an int64 tensor \[S, 4\]; got a torch.int32"),
+        ({"batch": 1.0}, ValueError, "batch takes an int of at least 0; got float 1.0"),
+        ({"batch": 1}, ValueError, "spans takes rows of sentences 0 to 0; got one of sentence 1"),
+        ({"spans": rows((-1, 0, 0, 0))}, ValueError, "spans takes rows of sentences 0 to 1; got one of sentence -1"),
+        ({"values": [1.0]}, TypeError, r"values takes a tensor \[3\], one for each row of spans, .*; got list"),
+        ({"values": torch.ones(2)}, ValueError, r"values takes a tensor \[3\], one for each row of .*; got .*\(2,\)"),
+    ],
+)
+def test_errors_of_pad(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^pad: {message}"):
+        spans.pad(**{"spans": TAME, "batch": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"spans": TAME[:, 1:]}, ValueError, r"spans must be an int64 tensor of rows .*; got .*\(3, 3\)"),
+        ({"values": torch.ones(3)}, ValueError, r"values takes a tensor \[1, 3\], one for each row .*; got .*\(3,\)"),
+    ],
+)
+def test_errors_of_flatten(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^flatten: {message}"):
+        spans.flatten(**{"spans": TAME[None, :, 1:], **arguments})
+
+
+@pytest.mark.parametrize("pair", [("born in", -1, 0), ("born in", 2, 5), ("born in", 5, 0)])
+def test_pairs_too_lie_within_their_sentence(pair: tuple[str, int, int]) -> None:
+    example = {"input_ids": [1] * 5, "entities": [], "first": [pair], "last": []}
+    with pytest.raises(ValueError, match=r"^collate: example 0 takes pairs with 0 <= start, end < 5, its length; got"):
+        spans.collate([example], heads=GPLINKER)
+    del example["last"]
+    other = {"input_ids": [1], "entities": [], "first": [], "last": []}
+    with pytest.raises(
+        ValueError, match=r"^collate: example 0 takes the keys input_ids and entities and first and las"
+    ):
+        spans.collate([example, other], heads=GPLINKER)
 
 
 GOOD: dict[str, Any] = {"input_ids": [1, 2, 3], "spans": []}
@@ -574,6 +745,13 @@ GOOD: dict[str, Any] = {"input_ids": [1, 2, 3], "spans": []}
         ({**GOOD, "spans": "PER"}, TypeError, "example 1 takes a list of .*; got str 'PER'"),
         ({**GOOD, "spans": [(LONG, 1, 1)]}, ValueError, "example 1 takes spans .* of a type in heads"),
         ({**GOOD, "spans": [("PER", 2, 3)]}, ValueError, r'example 1 .* If ends are exclusive, say end="exclusive"$'),
+        ({**GOOD, "spans": [("PER", 2, 1)]}, ValueError, r"example 1 .* If its heads have no .*, say tril_mask=False$"),
+        ({**GOOD, "spans": [{"label": "PER", "start": 1}]}, TypeError, r"example 1 takes spans .*; got \{'label'"),
+        (
+            {"input_ids": [1], "span": []},
+            ValueError,
+            r"example 1 takes the keys input_ids and spans; got \['input_ids'",
+        ),
     ],
 )
 def test_errors_of_collate(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -588,12 +766,25 @@ def test_errors_of_collate(wrong: dict[str, Any], error: type[Exception], messag
     [
         ({"pad_token_id": None}, "pad_token_id takes an int; got NoneType None"),
         ({"heads": 3}, "heads takes a mapping .*; got int 3"),
+        ({"heads": {"spans": RELATIONS, "PER": 1}}, r"heads takes a head index, 0 or more.*; got SpanSet\("),
+        ({"key": None}, "key takes a str; got NoneType None"),
+        ({"key": "input_ids"}, "key takes one that the batch has not already; got 'input_ids'"),
+        ({"padded": 1}, "padded takes a bool; got int 1"),
+        ({"tril_mask": 0}, "tril_mask takes a bool; got int 0"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of takes an int of at least 1, or None; got int 0"),
+        ({"keep": "text"}, "keep takes a list of keys; got str 'text'"),
+        ({"keep": [3]}, "keep takes keys that the batch has not already; got 3"),
+        ({"keep": ["spans"]}, "keep takes keys that the batch has not already; got 'spans'"),
+        (
+            {"keep": ["id"]},
+            r"keep takes keys that each example has; got 'id', and example 0 has \['input_ids', 'spans'\]",
+        ),
         ({"examples": None}, "examples takes a list of mappings with the keys input_ids and spans; got NoneType None"),
         ({"examples": GOOD}, "examples takes a list of mappings with the keys input_ids and spans; got dict"),
     ],
 )
 def test_errors_of_the_options_of_collate(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(TypeError, match=f"^collate: {message}"):
+    with pytest.raises((TypeError, ValueError), match=f"^collate: {message}"):
         spans.collate(**{"examples": [GOOD], "heads": HEADS, **options})
 
 

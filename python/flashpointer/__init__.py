@@ -9,7 +9,7 @@ On a CUDA device the ops run as Triton kernels, elsewhere as tiled PyTorch: ``py
 
 from importlib.metadata import version as _version
 
-from . import convert, nn, reference, spans
+from . import convert, metrics, nn, reference, spans
 from .backends import use_backend
 from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
@@ -21,6 +21,7 @@ from .ops.zlpr_loss import zlpr_loss
 __version__ = _version("flashpointer")
 __all__ = [
     "convert",
+    "metrics",
     "nn",
     "pointer_decode",
     "pointer_loss",

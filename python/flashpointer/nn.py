@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,10 +90,11 @@ class _PointerHead(torch.nn.Module):
         Args:
             hidden, mask, positions: as for ``forward``.
             spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``
-                makes them. One that is listed twice counts once, and one on an invalid cell leaves both terms.
+                makes them. Or batch-first ``[B, P, 3]``, rows (head, start, end), one with a negative entry for
+                padding. One that is listed twice counts once, and one on an invalid cell leaves both terms.
             reduction: ``"none"`` gives ``[B, heads]``; ``"sum"``; ``"mean"`` over ``B * heads``.
-            span_labels: floating-point ``[S]``, in [0, 1]: soft labels of the spans, 1 by default; -100 leaves the cell
-                of a span out.
+            span_labels: floating-point ``[S]``, or ``[B, P]``, in [0, 1]: soft labels of the spans, 1 by default; -100
+                leaves the cell of a span out.
 
         Returns:
             float32, or float64 for float64 hidden states.
@@ -109,30 +111,37 @@ class _PointerHead(torch.nn.Module):
         self,
         hidden: torch.Tensor,
         mask: torch.Tensor | None = None,
-        threshold: float = 0.0,
+        threshold: float | Sequence[float] | torch.Tensor = 0.0,
         positions: torch.Tensor | None = None,
         *,
         top_k: int | None = None,
         non_overlapping: bool = False,
+        non_crossing: bool = False,
+        one_label: bool = False,
         max_spans: int | None = None,
+        padded: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The spans whose score is above the threshold, found without storing the scores. On a GPU it waits for the
-        device once, to learn how many there are.
+        device, to learn how many there are.
 
         Args:
             hidden, mask, positions: as for ``forward``.
-            threshold, top_k, non_overlapping, max_spans: as for ``pointer_decode``. 0 is where the loss puts the
-                threshold.
+            threshold, top_k, non_overlapping, non_crossing, one_label, max_spans, padded: as for ``pointer_decode``. 0
+                is where the loss puts the threshold.
 
         Returns:
             ``(spans, scores)``: int64 ``[S, 4]``, sorted rows (batch, head, start, end), end inclusive; and the score
-            ``[S]`` of each, whose probability is roughly ``sigmoid(2 * score)``. Neither has a gradient.
+            ``[S]`` of each, whose probability is roughly ``sigmoid(2 * score)``. Padded ``[B, P, 3]`` and ``[B, P]``.
+            Neither has a gradient.
 
         Raises:
             TypeError, ValueError: for an argument of wrong type, shape, device or value.
         """
-        limits: dict[str, Any] = {"top_k": top_k, "non_overlapping": non_overlapping, "max_spans": max_spans}
-        return pointer_decode(threshold=threshold, **limits, **self._arguments(hidden, mask, positions))
+        options: dict[str, Any] = {
+            "top_k": top_k, "non_overlapping": non_overlapping, "non_crossing": non_crossing, "one_label": one_label,
+            "max_spans": max_spans, "padded": padded,
+        }  # fmt: skip
+        return pointer_decode(threshold=threshold, **options, **self._arguments(hidden, mask, positions))
 
     def extra_repr(self) -> str:
         return (

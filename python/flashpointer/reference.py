@@ -5,9 +5,12 @@ Differentiated by PyTorch. Computed in float32 at least, whatever autocast says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from .problem import flat_rows
 
 
 def _upcast(x: torch.Tensor) -> torch.Tensor:
@@ -163,6 +166,7 @@ def pointer_loss(
 def _dense_labels(spans: torch.Tensor, span_labels: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
     """Labels of the shape of the scores. Spans outside fall into one cell behind the last, which is cut off."""
     (_, heads, length, _), cells = scores.shape, scores.numel()
+    spans = flat_rows(spans)
     b, h, m, n = spans.unbind(1)
     inside = (spans >= 0).all(1) & (b < len(scores)) & (h < heads) & (m < length) & (n < length)
     cell = torch.where(inside, ((b * heads + h) * length + m) * length + n, cells)
@@ -172,7 +176,7 @@ def _dense_labels(spans: torch.Tensor, span_labels: torch.Tensor | None, scores:
         count = len(spans)
         unlisted = torch.full((cells + 1,), count, device=spans.device)
         first = unlisted.scatter_reduce(0, cell, torch.arange(count, device=spans.device), "amin")
-        labels = torch.cat([_upcast(span_labels), span_labels.new_zeros(1)])[first]
+        labels = torch.cat([_upcast(span_labels.flatten()), span_labels.new_zeros(1)])[first]
     return labels[:cells].view(scores.shape)
 
 
@@ -182,14 +186,15 @@ def pointer_decode(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
     problem: Any,
-    threshold: float,
+    threshold: Sequence[float],
     max_spans: int | None = None,
     top_k: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The cells of ``pointer_scores`` above the threshold, flat and sorted, their scores, and how many there are."""
+    """The cells of ``pointer_scores`` above the threshold, of all heads or of each, flat and sorted, their scores, and
+    how many there are."""
     biases = (None if x is None else _upcast(x) for x in (start, end))
     scores = pointer_scores(_upcast(q), _upcast(k), *biases, **problem._asdict())
-    above = scores > threshold
+    above = scores > scores.new_tensor(threshold).view(-1, 1, 1)
     if top_k is not None and scores.numel() > 0:
         planes = scores.masked_fill(~above, -torch.inf).flatten(2)
         best = planes.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]

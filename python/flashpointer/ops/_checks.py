@@ -72,6 +72,14 @@ def check_scores(op: str, scores: object, name: str = "scores") -> None:
         raise ValueError(f"{op}: {name} takes at least one dimension, the classes; got {describe(scores)}")
 
 
+def check_spans(op: str, spans: object, name: str = "spans") -> None:
+    takes = "int64 tensor of rows (batch, head, start, end), [S, 4], or (head, start, end), [B, P, 3]"
+    check_tensor(op, name, spans, f"an {takes}", [torch.int64])
+    assert isinstance(spans, torch.Tensor)
+    if (spans.dim(), spans.shape[-1] if spans.dim() else 0) not in ((2, 4), (3, 3)):
+        raise ValueError(f"{op}: {name} must be an {takes}; got {describe(spans)}")
+
+
 def check_device(op: str, name: str, value: torch.Tensor, scores: torch.Tensor) -> None:
     if value.device != scores.device:
         raise ValueError(f"{op}: {name} must be on {scores.device}, where scores is; got {describe(value)}")

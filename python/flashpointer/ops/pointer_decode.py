@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .. import backends, reference
 from ..problem import Problem
+from ..spans.padded import pad
 from . import _checks, _pointer, _register
 
 OP = "pointer_decode"
@@ -27,31 +29,41 @@ def pointer_decode(
     max_width: int | None = None,
     scale: float | None = None,
     positions: torch.Tensor | None = None,
-    threshold: float = 0.0,
+    threshold: float | Sequence[float] | torch.Tensor = 0.0,
     top_k: int | None = None,
     non_overlapping: bool = False,
+    non_crossing: bool = False,
+    one_label: bool = False,
     max_spans: int | None = None,
+    padded: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The spans whose score, as ``pointer_scores`` gives it, is above the threshold.
 
     The scores are not stored, and few are computed: where a bound shows that a block of cells of a head has nothing
     above the threshold, it is skipped. Memory is linear in the length of a sentence and in the number of spans. On a
-    GPU it waits for the device once, to learn how many there are, and ``torch.compile`` breaks its graph for that. A
-    graph of ``torch.export`` holds it as one op. On the meta device it finds nothing.
+    GPU it waits for the device, to learn how many there are, and ``torch.compile`` breaks its graph for that: once, and
+    once more for each option behind max_width that is not the default. A graph of ``torch.export`` holds it as one op.
+    On the meta device it finds nothing.
 
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
         threshold: 0 is where the loss puts it; -inf gives every valid span whose score is finite. Scores are compared
-            in float32 (float64 for float64), before they are rounded to the dtype of q.
+            in float32 (float64 for float64), before they are rounded to the dtype of q. Or one for each head, ``[H]``:
+            a sequence, or a tensor. The kernels search above the least of them.
         top_k: of each head of a sentence at most so many, the best; of equal ones the first.
         non_overlapping: for flat entities: in each sentence, over all heads, the best span, then the best that shares
             no token with it, and so on. This runs on the CPU.
-        max_spans: at most so many in all, before ``non_overlapping``: the first in the order below. A warning says so.
+        non_crossing: for nested entities: likewise, but two may share tokens if one lies within the other, or both are
+            the same tokens of two heads.
+        one_label: of the spans of all heads on the same tokens the best, of equal ones that of the first head.
+        max_spans: at most so many in all, before these three: the first in the order below. A warning says so.
             An untrained model has millions of spans above 0; this bounds the memory that they take.
+        padded: batch-first, as ``flashpointer.spans.pad`` makes them, for what splits, pads or gathers batches.
 
     Returns:
         ``(spans, scores)``: int64 ``[S, 4]``, sorted rows (batch, head, start, end), end inclusive; and the score
-        ``[S]`` of each in the dtype of q, whose probability is roughly ``sigmoid(2 * score)``. Neither has a gradient.
+        ``[S]`` of each in the dtype of q, whose probability is roughly ``sigmoid(2 * score)``. Padded ``[B, P, 3]``,
+        rows (head, start, end), and ``[B, P]``, with -100 behind those of a sentence. Neither has a gradient.
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
@@ -64,15 +76,17 @@ def pointer_decode(
         OP, q, k, start, end, mask=mask, positions=positions, rope=rope, tril_mask=tril_mask, max_width=max_width,
         scale=scale,
     )  # fmt: skip
-    if not _checks.is_number(threshold):
-        raise ValueError(f"{OP}: threshold takes a number; got {_checks.describe(threshold)}")
+    thresholds = _thresholds(threshold, heads)
     for name, limit in (("top_k", top_k), ("max_spans", max_spans)):
         if limit is not None and not _checks.is_int(limit, 1):
             raise ValueError(f"{OP}: {name} takes an int of at least 1, or None; got {_checks.describe(limit)}")
-    _checks.check_flag(OP, "non_overlapping", non_overlapping)
+    choice = {"non_overlapping": non_overlapping, "non_crossing": non_crossing, "one_label": one_label}
+    for name, flag in {**choice, "padded": padded}.items():
+        _checks.check_flag(OP, name, flag)
     if any(map(_checks.is_batched, (q, k, start, end, mask, positions))):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported, for each sample has its own number of spans")
-    options = (float(threshold), top_k, non_overlapping, max_spans, _checks.choose_backend(OP, q, k, start, end))
+    backend = _checks.choose_backend(OP, q, k, start, end)
+    options: tuple[Any, ...] = (thresholds, top_k, *choice.values(), max_spans, padded, backend)
     if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export traces
         q, k, start, end = (None if x is None else x.detach() for x in (q, k, start, end))  # type: ignore[assignment]
         spans, scores = _op(q, k, start, end, *problem, heads, *options)
@@ -83,17 +97,32 @@ def pointer_decode(
         return decode(q, k, start, end, problem, heads, *options)
 
 
+def _thresholds(given: Any, heads: int) -> list[float]:
+    """One for all heads, or one for each."""
+    try:
+        listed = given.tolist() if hasattr(given, "tolist") else given
+    except RuntimeError:  # a sparse, nested or meta tensor
+        listed = None
+    listed = [listed] if isinstance(listed, (int, float)) else listed
+    several = isinstance(listed, Sequence) and not isinstance(listed, (str, bytes)) and len(listed) in (1, heads)
+    if not several or not all(map(_checks.is_number, listed)):
+        takes = f"a number, or one for each of {heads} heads"
+        raise ValueError(f"{OP}: threshold takes {takes}; got {_checks.describe(given)}")
+    return list(map(float, listed))
+
+
 def _decode(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, problem: Problem,
-    heads: int, threshold: float, top_k: int | None, non_overlapping: bool, max_spans: int | None,
-    backend: str,
+    heads: int, threshold: list[float], top_k: int | None, non_overlapping: bool, non_crossing: bool, one_label: bool,
+    max_spans: int | None, padded: bool, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     problem = problem._replace(mask=_pointer.kept_tokens(OP, problem.mask, look=True))
     with _checks.without_autocast(q):
         cells, scores, count = _cells(q, k, start, end, problem, heads, threshold, max_spans, top_k, backend)
     if count > len(cells):
+        above = f"the threshold {threshold[0]:g}" if len(threshold) == 1 else "the thresholds of their heads"
         warnings.warn(
-            f"{OP}: {count:,} spans are above the threshold {threshold:g}; the first {max_spans:,} are returned, as "
+            f"{OP}: {count:,} spans are above {above}; the first {max_spans:,} are returned, as "
             "max_spans asks. A higher threshold or top_k leaves fewer, and so does a model that has been trained.",
             stacklevel=3,
         )
@@ -101,30 +130,74 @@ def _decode(
     row = cells // length
     plane = row // length
     spans = torch.stack([plane // heads, plane % heads, row % length, cells % length], dim=1)
-    if non_overlapping and len(spans) > 0:
-        kept = _greedy(spans, scores).to(spans.device)
+    choices = ((one_label, _best_labels), (non_crossing, _best_nested), (non_overlapping, _best_flat))
+    for choose in [choose for wanted, choose in choices if wanted and len(spans) > 0]:
+        kept = choose(spans, scores)
         spans, scores = spans[kept], scores[kept]
-    return spans, scores.to(q.dtype)
+    scores = scores.to(q.dtype)
+    return pad(spans, len(q), scores) if padded else (spans, scores)
 
 
 def _cells(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, problem: Problem,
-    heads: int, threshold: float, max_spans: int | None, top_k: int | None, backend: str,
+    heads: int, threshold: list[float], max_spans: int | None, top_k: int | None, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:  # fmt: skip
     if q.device.type == "meta":  # which has shapes alone, and this one depends on values
         return q.new_empty(0, dtype=torch.int64), q.new_empty(0), 0
     if backend == "reference":
         return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
     q, k = _pointer.per_head(q, k)
-    if backend == "tiled" or top_k is not None:  # which the tiles prune while they go
+    least = min(threshold, default=0.0)
+    several = any(x > least for x in threshold)
+    if (
+        backend == "tiled" or top_k is not None or (several and max_spans is not None)
+    ):  # which tiles prune while they go
         decode = backends.implementation(OP, "tiled").decode
         return decode(q, k, start, end, heads, problem, threshold, max_spans, top_k)  # type: ignore[no-any-return]
     decode = backends.implementation(OP, backend).decode
-    return decode(q, k, start, end, heads, problem, threshold, max_spans)  # type: ignore[no-any-return]
+    cells, scores, count = decode(q, k, start, end, heads, problem, least, max_spans)
+    if several:
+        above = scores > scores.new_tensor(threshold)[cells // q.shape[2] ** 2 % heads]
+        cells, scores = cells[above], scores[above]
+        count = len(cells)
+    return cells, scores, count
 
 
-def _greedy(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Which spans stay, in order, where the better one of two that overlap does: of equal ones the first."""
+# --- choosing among them ---------------------------------------------------------------------------------------------
+# Each gives the indices of the spans that stay, in order, where the better one of two does: of equal ones the first.
+
+
+def _best_labels(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Of all heads on the same tokens."""
+    order, place = scores.sort(descending=True, stable=True).indices, torch.arange(len(scores), device=scores.device)
+    rank = torch.empty_like(order).index_copy_(0, order, place)
+    _, of = spans[:, [0, 2, 3]].unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+    best = torch.full_like(rank, len(rank)).scatter_reduce_(0, of, rank, "amin")
+    return (rank == best[of]).nonzero().squeeze(1)
+
+
+def _best_nested(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Of two that share tokens, unless one lies within the other."""
+    rows = spans.tolist()
+    taken: dict[int, tuple[dict[int, int], dict[int, int]]] = {}
+    kept = []
+    for i in scores.sort(descending=True, stable=True).indices.tolist():
+        sentence, _, first, last = rows[i]
+        first, last = min(first, last), max(first, last)
+        last_from, first_to = taken.setdefault(
+            sentence, ({}, {})
+        )  # the furthest of those that start, or end, at a token
+        if any(last_from.get(token, 0) > last for token in range(first + 1, last + 1)):
+            continue
+        if any(first_to.get(token, first) < first for token in range(first, last)):
+            continue
+        last_from[first], first_to[last] = max(last, last_from.get(first, 0)), min(first, first_to.get(last, first))
+        kept.append(i)
+    return torch.tensor(sorted(kept), dtype=torch.int64, device=spans.device)
+
+
+def _best_flat(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Of two that overlap."""
     rows = spans.tolist()
     taken: dict[int, list[tuple[int, int]]] = {}
     kept = []
@@ -137,20 +210,23 @@ def _greedy(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             continue
         there.insert(place, (first, last))
         kept.append(i)
-    return torch.tensor(sorted(kept), dtype=torch.int64)
+    return torch.tensor(sorted(kept), dtype=torch.int64, device=spans.device)
 
 
 # --- registration, for torch.export ----------------------------------------------------------------------------------
 
 
-def _fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, padded, _ = arguments
     count = torch.library.get_ctx().new_dynamic_size()
-    return q.new_empty((count, 4), dtype=torch.int64), q.new_empty(count)
+    shape = (q.shape[0], count) if padded else (count,)
+    return q.new_empty((*shape, 3 if padded else 4), dtype=torch.int64), q.new_empty(shape)
 
 
 _op = _register.register_pointer_op(
-    "pointer_decode(Tensor q, Tensor k, Tensor? start, Tensor? end, Problem problem, SymInt heads, float threshold,"
-    " int? top_k, bool non_overlapping, int? max_spans, str backend) -> (Tensor spans, Tensor scores)",
+    "pointer_decode(Tensor q, Tensor k, Tensor? start, Tensor? end, Problem problem, SymInt heads, float[] threshold,"
+    " int? top_k, bool non_overlapping, bool non_crossing, bool one_label, int? max_spans, bool padded, str backend)"
+    " -> (Tensor spans, Tensor scores)",
     _decode,
     _fake,
 )

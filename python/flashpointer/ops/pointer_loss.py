@@ -42,10 +42,12 @@ def pointer_loss(
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
         spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``
-            makes them. Of one that is listed twice only the first listing counts; one on an invalid cell leaves both
+            makes them. Or batch-first ``[B, P, 3]``, rows (head, start, end), where a row with a negative entry is
+            padding. Of a span that is listed twice only the first listing counts; one on an invalid cell leaves both
             terms, as its cell does.
-        span_labels: floating-point ``[S]``, in [0, 1]: the labels t of the spans, 1 by default; -100 leaves the cell of
-            a span out of both terms. All other cells are 0: smoothing the labels of those is not offered.
+        span_labels: floating-point ``[S]``, or ``[B, P]``, in [0, 1]: the labels t of the spans, 1 by default; -100
+            leaves the cell of a span out of both terms. All other cells are 0: smoothing the labels of those is not
+            offered.
         reduction: ``"none"`` gives ``[B, H]``; ``"sum"``; ``"mean"`` over ``B * H``, 0 over none.
 
     Returns:
@@ -84,15 +86,16 @@ def pointer_loss(
 
 
 def _check_spans(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torch.Tensor) -> None:
-    _checks.check_tensor(OP, "spans", spans, "an int64 tensor [S, 4]", [torch.int64])
-    if spans.dim() != 2 or spans.shape[1] != 4:
-        raise ValueError(f"{OP}: spans must be [S, 4]; got {_checks.describe(spans)}")
+    _checks.check_spans(OP, spans)
+    if spans.dim() == 3 and spans.shape[0] != q.shape[0]:
+        takes = f"[{q.shape[0]}, P, 3], for the sentences of q"
+        raise ValueError(f"{OP}: spans must be {takes}; got {_checks.describe(spans)}")
     _pointer.check_device(OP, "spans", spans, q)
     if span_labels is None:
         return
-    _checks.check_tensor(OP, "span_labels", span_labels, "a floating-point tensor [S]", _checks.FLOATS)
-    if span_labels.shape != spans.shape[:1]:
-        takes = f"[S], one for each of the {spans.shape[0]} spans"
+    _checks.check_tensor(OP, "span_labels", span_labels, "a floating-point tensor [S] or [B, P]", _checks.FLOATS)
+    if span_labels.shape != spans.shape[:-1]:
+        takes = f"{tuple(spans.shape[:-1])}, one for each row of spans"
         raise ValueError(f"{OP}: span_labels must be {takes}; got {_checks.describe(span_labels)}")
     _pointer.check_device(OP, "span_labels", span_labels, q)
     _checks.check_no_grad(OP, "span_labels", span_labels, "use span_labels.detach()")
@@ -102,20 +105,27 @@ def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torc
     """Raises ValueError for a span or label out of range; on a GPU, where to look is to wait, on demand."""
     if spans.numel() == 0 or not _checks.can_look(spans):
         return
-    sizes = (q.shape[0], heads, q.shape[-2], q.shape[-2])
-    least, most = (x.tolist() for x in spans.aminmax(dim=0))
-    if min(least) < 0 or any(x >= size for x, size in zip(most, sizes, strict=True)):
-        where = int(((spans < 0) | (spans >= spans.new_tensor(sizes))).any(1).nonzero()[0])
-        raise ValueError(
-            f"{OP}: spans takes rows (batch, head, start, end) below {sizes}; got {tuple(spans[where].tolist())} "
-            f"at {where}"
-        )
+    padded, length = spans.dim() == 3, q.shape[-2]
+    sizes: tuple[int, ...] = (heads, length, length) if padded else (q.shape[0], heads, length, length)
+    row = "(head, start, end)" if padded else "(batch, head, start, end)"
+    least, most = (x.tolist() for x in spans.flatten(0, -2).aminmax(dim=0))
+    if (min(least) < 0 and not padded) or any(x >= size for x, size in zip(most, sizes, strict=True)):
+        negative, beyond = (spans < 0).any(-1), (spans >= spans.new_tensor(sizes)).any(-1)
+        _refuse(spans, "spans", f"rows {row} below {sizes}", beyond & ~negative if padded else beyond | negative)
     if span_labels is not None:
         wrong = ~(((span_labels >= 0) & (span_labels <= 1)) | (span_labels == -100))
-        if wrong.any():
-            where = int(wrong.nonzero()[0])
-            takes = "0 to 1, or -100 for a cell to leave out"
-            raise ValueError(f"{OP}: span_labels takes {takes}; got {span_labels[where].item()} at {where}")
+        if padded:
+            wrong &= (spans >= 0).all(-1)
+        _refuse(span_labels, "span_labels", "0 to 1, or -100 for a cell to leave out", wrong)
+
+
+def _refuse(values: torch.Tensor, name: str, takes: str, wrong: torch.Tensor) -> None:
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        got, where = values[at], at[0] if len(at) == 1 else at
+        raise ValueError(
+            f"{OP}: {name} takes {takes}; got {tuple(got.tolist()) if got.dim() else got.item()} at {where}"
+        )
 
 
 # --- registration --------------------------------------------------------------------------------------------------
@@ -147,7 +157,8 @@ def _loss_dtype(q: torch.Tensor) -> torch.dtype:
 
 def _shape(q: torch.Tensor, heads: int, spans: torch.Tensor) -> tuple[int, ...]:
     """B, own heads or 1, N, D, H, S: what every size follows from."""
-    return (*_pointer.per_head(q)[0].shape, heads, len(spans))
+    count = len(spans) if spans.dim() == 2 else spans.shape[0] * spans.shape[1]
+    return (*_pointer.per_head(q)[0].shape, heads, count)
 
 
 def _share(reduction: str, planes: torch.Size) -> float:

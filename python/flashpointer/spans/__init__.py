@@ -6,11 +6,36 @@ counts once. A batch of 16 sentences takes a few hundred bytes, where its dense 
     spans = from_lists([[("PER", 0, 1), ("LOC", 4, 4)], []], heads=["PER", "LOC"])
     # [[0, 0, 0, 1],
     #  [0, 1, 4, 4]]
+
+Or batch-first: int64 ``[B, P, 3]``, rows (head, start, end), where a row with a negative entry, by convention of -100,
+is padding. That is what DataParallel, accelerate and Trainer can split, pad and gather. What takes spans takes both. ::
+
+    pad(spans, batch=2)
+    # [[[0, 0, 1], [1, 4, 4]],
+    #  [[-100, -100, -100], [-100, -100, -100]]]
 """
 
 from ._read import Heads
 from .dense import from_dense, from_padded, to_dense
-from .lists import collate, from_lists
-from .offsets import FromOffsets, from_offsets
+from .entities import from_utf16, to_entities, to_words
+from .lists import SpanSet, collate, from_lists
+from .offsets import FromOffsets, from_offsets, from_words
+from .padded import flatten, pad
 
-__all__ = ["FromOffsets", "Heads", "collate", "from_dense", "from_lists", "from_offsets", "from_padded", "to_dense"]
+__all__ = [
+    "FromOffsets",
+    "Heads",
+    "SpanSet",
+    "collate",
+    "flatten",
+    "from_dense",
+    "from_lists",
+    "from_offsets",
+    "from_padded",
+    "from_utf16",
+    "from_words",
+    "pad",
+    "to_dense",
+    "to_entities",
+    "to_words",
+]

@@ -14,6 +14,8 @@ Heads = Mapping[Any, int] | Sequence[Any]
 """The head of each type: a mapping from type to head index, or the types in the order of their heads."""
 
 ENDS = ("inclusive", "exclusive")
+TOKENS = ("start", "end", "its length")
+"""What ``check_ends`` calls the ends of a span in tokens, and their bound."""
 
 
 def each(op: str, name: str, values: Any, takes: str, *, ordered: bool = True) -> list[Any]:
@@ -72,17 +74,36 @@ def table(op: str, heads: Heads) -> dict[Any, int]:
     return indices
 
 
-def triple(op: str, where: str, span: Any, heads: dict[Any, int], takes: str) -> tuple[Any, int, int, int]:
-    """The type, the head index and the two ends of a span as a data set gives it."""
-    if not isinstance(span, Sequence) or isinstance(span, (str, bytes)) or len(span) != 3:
+TRIPLE = "(type, start, end)"
+FIELDS = ("label", "start", "end")
+
+
+def spans_of(op: str, where: str, spans: Any, takes: str) -> list[Any]:
+    """The spans of a sentence: of ``datasets`` also a mapping of three lists, as it stores a list of mappings."""
+    if isinstance(spans, Mapping) and spans.keys() >= set(FIELDS):
+        columns = [each(op, where, spans[name], takes) for name in FIELDS]
+        if len(set(map(len, columns))) == 1:
+            return list(zip(*columns, strict=True))
+    return each(op, where, spans, takes, ordered=False)
+
+
+def triple(op: str, where: str, span: Any, heads: dict[Any, int] | None, takes: str) -> tuple[Any, int, int, int]:
+    """The type, the head index and the two ends of a span as a data set gives it: type and ends in this order, or by
+    name. Without heads a type may be anything, and its index is -1."""
+    fields = span
+    if isinstance(span, Mapping) and span.keys() >= set(FIELDS):
+        fields = [span[name] for name in FIELDS]
+    if not isinstance(fields, Sequence) or isinstance(fields, (str, bytes)) or len(fields) != 3:
         raise TypeError(f"{op}: {where} takes spans {takes}; got {_checks.short(span)}")
-    kind, start, end = span[0], integer(span[1]), integer(span[2])
+    kind, start, end = fields[0], integer(fields[1]), integer(fields[2])
+    if isinstance(kind, torch.Tensor) and kind.numel() == 1:  # whose hash is not that of its number
+        kind = kind.item()
     try:
-        head = heads.get(kind)
+        head = -1 if heads is None else heads.get(kind)
     except TypeError:  # not hashable
         head = None
     if head is None:
-        types = _checks.short(list(heads))
+        types = _checks.short(list(heads or ()))
         raise ValueError(f"{op}: {where} takes spans {takes} of a type in heads, {types}; got {_checks.short(span)}")
     if start is None or end is None:
         raise TypeError(f"{op}: {where} takes spans {takes} with ints; got {_checks.short(span)}")
@@ -102,7 +123,16 @@ def check_ends(
     # what the last token, or a single one, looks like if ends are meant the other way
     mistaken = start >= 0 and (start < end == size if inclusive else start == end)
     hint = f'. If ends are {other}, say end="{other}"' if mistaken else ""
+    if names == TOKENS and size is not None and 0 <= end < start < size:
+        hint = ". If its heads have no triangle, say tril_mask=False"
     raise ValueError(f"{op}: {where} takes spans with {takes}; got {_checks.short(span)}{hint}")
+
+
+def check_pair(op: str, where: str, span: Any, start: int, end: int, size: int | None) -> None:
+    """Raises ValueError unless start and end, in any order, lie below size."""
+    if min(start, end) < 0 or (size is not None and max(start, end) >= size):
+        below = "" if size is None else f" < {size}, its length"
+        raise ValueError(f"{op}: {where} takes pairs with 0 <= start, end{below}; got {_checks.short(span)}")
 
 
 def tensor(rows: list[tuple[int, int, int, int]]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import _checks
+from ..problem import flat_rows
 
 
 def from_dense(labels: torch.Tensor) -> torch.Tensor:
@@ -36,7 +37,8 @@ def to_dense(spans: torch.Tensor, batch: int, heads: int, length: int, dtype: to
     """Dense labels from spans.
 
     Args:
-        spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order. Duplicates count once.
+        spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order; or batch-first ``[B, P,
+            3]``, rows (head, start, end), one with a negative entry for padding. Duplicates count once.
         batch, heads, length: the sizes B, H, N of the result.
         dtype: of the result.
 
@@ -49,9 +51,7 @@ def to_dense(spans: torch.Tensor, batch: int, heads: int, length: int, dtype: to
             ``FLASHPOINTER_CHECK=1`` makes it an error on a GPU too.
     """
     op, sizes = "to_dense", {"batch": batch, "heads": heads, "length": length}
-    _checks.check_tensor(op, "spans", spans, "an int64 tensor [spans, 4]", [torch.int64])
-    if spans.dim() != 2 or spans.shape[1] != 4:
-        raise ValueError(f"{op}: spans must be [spans, 4]; got {_checks.describe(spans)}")
+    _checks.check_spans(op, spans)
     for name, size in sizes.items():
         if not isinstance(size, (int, torch.SymInt)):  # a union is none to torch.compile in PyTorch 2.8
             raise TypeError(f"{op}: {name} takes an int; got {_checks.describe(size)}")
@@ -59,14 +59,19 @@ def to_dense(spans: torch.Tensor, batch: int, heads: int, length: int, dtype: to
             raise ValueError(f"{op}: {name} takes 0 or more; got {size}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{op}: dtype takes a torch.dtype; got {_checks.describe(dtype)}")
-    inside = _inside(spans, batch, heads, length)
-    if _checks.can_look(spans) and not torch.compiler.is_compiling() and not inside.all():
-        where = int((~inside).nonzero()[0])
-        raise ValueError(
-            f"{op}: spans takes rows (batch, head, start, end) below ({batch}, {heads}, {length}, {length}); got "
-            f"{tuple(spans[where].tolist())} at {where}"
-        )
-    return _fill(spans, inside, batch, heads, length, dtype)
+    if spans.dim() == 3 and spans.shape[0] != batch:
+        raise ValueError(f"{op}: spans must be [{batch}, P, 3], as batch is {batch}; got {_checks.describe(spans)}")
+    rows = flat_rows(spans)
+    inside = _inside(rows, batch, heads, length)
+    if _checks.can_look(spans) and not torch.compiler.is_compiling():
+        wrong = ~inside if spans.dim() == 2 else ~inside & (rows >= 0).all(1)
+        if wrong.any():
+            where = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{op}: spans takes rows (batch, head, start, end) below ({batch}, {heads}, {length}, {length}); got "
+                f"{tuple(rows[where].tolist())} at {where}"
+            )
+    return _fill(rows, inside, batch, heads, length, dtype)
 
 
 def from_padded(labels: torch.Tensor, *, mask_zero: bool = False, ignore_index: int = -100) -> torch.Tensor:

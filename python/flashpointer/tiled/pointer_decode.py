@@ -39,16 +39,23 @@ def decode(
     end: torch.Tensor | None,
     heads: int,
     problem: Problem,
-    threshold: float,
+    threshold: list[float],
     max_spans: int | None,
     top_k: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """As ``kernels.pointer_decode.decode``, in float64 for float64; and of each head of a sentence only the top_k best
-    spans, of equal ones the first. Neither limit lets more gather than twice what it leaves, and a tile."""
+    """As ``kernels.pointer_decode.decode``, in float64 for float64, with a threshold for all heads or one for each; and
+    of each head of a sentence only the top_k best spans, of equal ones the first. Neither limit lets more gather than
+    twice what it leaves, and a tile."""
     length = q.shape[2]
     q, k = rotated(q, problem), rotated(k, problem)
     start, end = (_by_group(bias, q, heads, problem) for bias in (start, end))
-    floor = torch.full((q.shape[0] * heads,), threshold, dtype=torch.float64, device=q.device).to(q.dtype)
+    floor = (
+        torch.tensor(threshold, dtype=torch.float64, device=q.device)
+        .to(q.dtype)
+        .expand(q.shape[0], heads)
+        .contiguous()
+        .view(-1)
+    )
     best: Found = torch.empty(0, dtype=torch.int64, device=q.device), q.new_empty(0)
     pending: list[Found] = []
     count = waiting = 0

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import softplus
 
-from ..problem import Problem
+from ..problem import Problem, flat_rows
 from ._cells import Tile, biases, penalties, tiles
 from ._rotary import rotated, rotated_back
 from ._tiles import computing_dtype
@@ -80,6 +80,7 @@ def forward(
 ) -> tuple[torch.Tensor, Saved]:
     """As ``kernels.pointer_loss.forward``; float64 is computed in float64. ``kept`` is filled for backward."""
     kept = Kept(room=0) if kept is None else kept
+    spans = flat_rows(spans)
     # Copies at least: what an op returns must not be what it was given.
     q, k = (rotated(x if problem.rope else x.clone(), problem) for x in (q, k))
     q.mul_(problem.scale)
@@ -251,7 +252,7 @@ def _listed(
     numbers.add_(m // _height(batch * own_heads, length), alpha=batch * heads * length**2)
     numbers, order = numbers.masked_fill_(~valid, NOWHERE).sort(stable=True)
     repeated = numbers[1:] == numbers[:-1]
-    if repeated.any():
+    if repeated.any() and repeated.logical_and_(numbers[1:] != NOWHERE).any():
         numbers[1:].masked_fill_(repeated, NOWHERE)
         numbers, again = numbers.sort(stable=True)
         order = order[again]
@@ -259,7 +260,7 @@ def _listed(
     if span_labels is None:
         labels[0] = -torch.inf
     else:
-        t = span_labels[order].to(q.dtype)
+        t = span_labels.flatten()[order].to(q.dtype)
         torch.stack([torch.log1p(-t), t.log()], out=labels).masked_fill_(t == -100, -torch.inf)
     return numbers, labels
 
