@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -101,6 +102,104 @@ def test_an_entity_of_two_windows_is_one_with_the_better_score() -> None:
             {"text": "Berg ok", "label": "PER", "start": 5, "end": 12, "score": 4.0},
         ]
     ]
+
+
+Run = tuple[str, int, int]
+
+
+def runs(kinds: list[str | None], first: int, last: int) -> list[Run]:
+    """The entities of a text, one of a type for each run of tokens of it, as a window of tokens [first, last) sees
+    them."""
+    found, start = [], first
+    for kind, same in itertools.groupby(kinds[first:last]):
+        end = start + len(list(same))
+        if kind is not None:
+            found.append((kind, start, end))
+        start = end
+    return found
+
+
+def merged(windows: list[tuple[int, int]], found: list[list[Run]]) -> set[Run]:
+    """Of windows of tokens [first, last) the entities, in tokens of the text, between special tokens."""
+    offsets = [[None, *((3 * i, 3 * i + 2) for i in range(*window)), None] for window in windows]
+    rows = [
+        (row, HEADS.index(kind), start - windows[row][0] + 1, end - windows[row][0])
+        for row, here in enumerate(found)
+        for kind, start, end in here
+    ]
+    (entities,) = spans.to_entities(
+        torch.tensor(rows, dtype=torch.int64).view(-1, 4), offsets, HEADS, windows=[0] * len(windows)
+    )
+    return {(kind, start // 3, end // 3 + 1) for kind, start, end in triples(entities)}
+
+
+@st.composite
+def windowed(draw: st.DrawFn) -> tuple[list[str | None], list[tuple[int, int]], int]:
+    """The type of each token of a text, windows, in any order, and how many tokens neighbours share, 1 or more."""
+    parts = draw(st.lists(st.tuples(st.sampled_from([None, *HEADS]), st.integers(1, 9)), min_size=1, max_size=9))
+    kinds = [kind for kind, count in parts for _ in range(count)]
+    size = draw(st.integers(2, 12))
+    shared = draw(st.integers(1, size - 1))
+    firsts = [0]
+    while firsts[-1] + size < len(kinds):
+        firsts.append(firsts[-1] + size - shared)
+    windows = [(first, min(first + size, len(kinds))) for first in firsts]
+    return kinds, draw(st.permutations(windows)), shared
+
+
+@given(windowed())
+def test_windows_that_find_a_part_of_what_they_cut(text: tuple[list[str | None], list[tuple[int, int]], int]) -> None:
+    """Entities are whole, however long they are, over however many windows."""
+    kinds, windows, _ = text
+    found = [runs(kinds, *window) for window in windows]
+    assert merged(windows, found) == set(runs(kinds, 0, len(kinds)))
+
+
+@given(windowed(), st.data())
+def test_windows_that_find_anything_in_what_they_cut(
+    text: tuple[list[str | None], list[tuple[int, int]], int], data: st.DataObject
+) -> None:
+    """It does not count, if entities are at most half as long as what windows share."""
+    kinds, windows, shared = text
+    long = {run for run in runs(kinds, 0, len(kinds)) if run[2] - run[1] > shared // 2}
+    for _, start, end in long:
+        kinds[start:end] = [None] * (end - start)
+    whole, found = runs(kinds, 0, len(kinds)), []
+    for first, last in windows:
+        found.append([run for run in whole if first <= run[1] and run[2] <= last])
+        for _, start, end in whole:
+            if start < first < end or start < last < end:
+                a = data.draw(st.integers(max(start, first), min(end, last) - 1))
+                b = data.draw(st.integers(a + 1, min(end, last)))
+                found[-1].append((data.draw(st.sampled_from(HEADS)), a, b))
+    assert merged(windows, found) == set(whole)
+
+
+def test_where_windows_share_nothing_each_counts() -> None:
+    windows = [(0, 4), (4, 8)]
+    found = [[("PER", 2, 4)], [("PER", 4, 5), ("LOC", 7, 8)]]
+    assert merged(windows, found) == {("PER", 2, 4), ("PER", 4, 5), ("LOC", 7, 8)}
+
+
+def test_only_parts_of_one_type_are_joined() -> None:
+    windows = [(0, 6), (4, 10)]
+    found = [[("PER", 3, 6)], [("LOC", 4, 8)]]
+    assert merged(windows, found) == {("PER", 3, 6), ("LOC", 4, 8)}
+    assert merged(windows, [[*found[0], ("LOC", 1, 6)], found[1]]) == {("PER", 3, 6), ("LOC", 1, 8)}
+
+
+def test_windows_of_one_end_join_nothing() -> None:
+    """As of one text in windows of two sizes."""
+    windows = [(0, 6), (2, 6), (3, 9)]
+    assert merged(windows, [[("PER", 1, 6)], [("PER", 2, 6)], []]) == {("PER", 1, 6), ("PER", 2, 6)}
+    assert merged([(0, 6), (2, 6)], [[("PER", 4, 6)], [("PER", 2, 6)]]) == {("PER", 4, 6), ("PER", 2, 6)}
+
+
+def test_a_score_is_that_of_the_window_with_most_around_it() -> None:
+    offsets = [[(i, i + 1) for i in range(first, first + 6)] for first in (0, 2, 4)]
+    found = torch.tensor([[0, 0, 4, 4], [1, 0, 2, 2], [2, 0, 0, 0]])
+    (entities,) = spans.to_entities(found, offsets, HEADS, scores=torch.tensor([3.0, 1.0, 2.0]), windows=[0, 0, 0])
+    assert entities == [{"label": "PER", "start": 4, "end": 5, "score": 1.0}]
 
 
 def test_special_tokens_are_no_entity() -> None:

@@ -40,11 +40,16 @@ def to_entities(
         texts: for each sentence its text, as the tokenizer got it. With them an entity has a text, and no whitespace at
             its ends.
 
+    Where windows overlap, one that cuts an entity sees a part of it, which it may take for the whole. So each span is
+    judged by the window in which it lies farthest from the edges within the text: what others alone have found is no
+    entity. Let windows share twice the tokens of your longest entity, as then whatever lies within one is judged by a
+    window that holds it whole. Of a longer one no window may hold all: a part that reaches the end of a window, and one
+    of the same type that begins with the next, are joined, if both hold all that the two windows share.
+
     Returns:
         For each text its entities in order: ``label``, the type; ``start`` and ``end``, exclusive, in characters of the
-        whole text; with texts ``text``; with scores ``score``. One that several windows have found is one, with the
-        best of their scores. Tokens without characters, as special tokens are, count for nothing: a span of such alone
-        is no entity.
+        whole text; with texts ``text``; with scores ``score``, the best of equal windows or of parts. Tokens without
+        characters, as special tokens are, count for nothing: a span of such alone is no entity.
 
     Raises:
         TypeError, ValueError: for an argument of wrong type or shape, a span that ends before it starts, or one of a
@@ -163,25 +168,74 @@ def _entities(
     _checks.check_spans(op, spans)
     kinds = {head: kind for kind, head in reversed(_read.table(op, heads).items())}
     flat, values = _scored(op, spans, scores)
-    best: list[dict[tuple[int, int, int], float]] = [{} for _ in range(rows.sentences)]
+    windows = [_Window(min(x.starts, default=0), max(x.ends, default=0), {}) for x in rows.tokens]
     for (row, head, first, last), score in zip(flat.tolist(), values, strict=True):
         if not (0 <= row < len(rows.of) and head in kinds and 0 <= first <= last < rows.sizes[row]):
             takes = "rows (batch, head, start, end) of these tokens and heads, start <= end"
             raise ValueError(f"{op}: spans takes {takes}; got {(row, head, first, last)}")
-        here, found = rows.tokens[row], best[rows.of[row]]
+        here, found = rows.tokens[row], windows[row].found
         i, j = bisect_left(here.indices, first), bisect_right(here.indices, last) - 1
         if i <= j:
             cell = here.starts[i], here.ends[j], head
             found[cell] = max(score, found.get(cell, score))
+    of_sentences: list[list[_Window]] = [[] for _ in range(rows.sentences)]
+    for i, window in zip(rows.of, windows, strict=True):
+        if window.start < window.end:
+            of_sentences[i].append(window)
     return [
         [
             ({} if text is None else {"text": text(i, start, end)})
             | {"label": kinds[head], "start": start, "end": end}
             | ({} if scores is None else {"score": score})
-            for (start, end, head), score in sorted(found.items())
+            for (start, end, head), score in sorted(_merged(here).items())
         ]
-        for i, found in enumerate(best)
+        for i, here in enumerate(of_sentences)
     ]
+
+
+Found = dict[tuple[int, int, int], float]
+"""The score of each (start, end, head)."""
+
+
+class _Window(NamedTuple):
+    start: int
+    """Of its first token,"""
+    end: int
+    """of its last one."""
+    found: Found
+
+
+def _merged(windows: list[_Window]) -> Found:
+    """What the windows of a text have found, taken from where it lies farthest from their edges; parts joined."""
+    windows = sorted(windows, key=lambda window: window[:2])
+    starts, reached = [window.start for window in windows], list(accumulate((window.end for window in windows), max))
+
+    def context(window: _Window, start: int, end: int) -> int:
+        """How far from the nearer edge. Where that is an end of the text, no other window is farther from it."""
+        return min(start - window.start, window.end - end)
+
+    merged: Found = {}
+    reaching: Found = {}  # of the window before what reaches its end
+    for window, last in zip(windows, [None, *windows], strict=False):
+        here: Found = {}
+        goes_on = last is not None and last.start < window.start < last.end < window.end
+        for (start, end, head), score in window.found.items():
+            holding = windows[bisect_left(reached, end) : bisect_right(starts, start)]
+            most = max(context(other, start, end) for other in holding if other.end >= end)
+            if context(window, start, end) < most:
+                continue
+            parts = {}
+            if goes_on and start == window.start:  # both hold all that is shared, or were judged by the other window
+                parts = {part: of for part, of in reaching.items() if part[2] == head}
+            for part in parts:
+                merged.pop(part, None)
+            for (first, _, _), of in parts.items() or [((start, end, head), score)]:
+                cell = first, end, head
+                here[cell] = max(score, of, here.get(cell, score))
+        for cell, score in here.items():
+            merged[cell] = max(score, merged.get(cell, score))
+        reaching = {cell: score for cell, score in here.items() if cell[1] == window.end}
+    return merged
 
 
 def _scored(op: str, spans: torch.Tensor, scores: torch.Tensor | None) -> tuple[torch.Tensor, list[float]]:
