@@ -358,6 +358,9 @@ def test_collate() -> None:
     assert batch["input_ids"].tolist() == [[101, 7, 8, 102], [101, 102, 3, 3], [101, 9, 102, 3], [3, 3, 3, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    special = [{**EXAMPLES[0], "special_tokens_mask": [1, 0, 0, 1]}, EXAMPLES[1]]
+    marked = spans.collate(special, heads=HEADS)["special_tokens_mask"]
+    assert same(marked, torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0]]))
     none = [-100] * 3
     assert batch["spans"].tolist() == [[[0, 1, 2], [1, 2, 2]], [none, none], [[2, 1, 1], none], [none, none]]
     flat = spans.collate(EXAMPLES, heads=HEADS, pad_token_id=3, padded=False)

@@ -130,10 +130,7 @@ def _decode(
     row = cells // length
     plane = row // length
     spans = torch.stack([plane // heads, plane % heads, row % length, cells % length], dim=1)
-    choices = ((one_label, _best_labels), (non_crossing, _best_nested), (non_overlapping, _best_flat))
-    for choose in [choose for wanted, choose in choices if wanted and len(spans) > 0]:
-        kept = choose(spans, scores)
-        spans, scores = spans[kept], scores[kept]
+    spans, scores = choose(spans, scores, non_overlapping, non_crossing, one_label)
     scores = scores.to(q.dtype)
     return pad(spans, len(q), scores) if padded else (spans, scores)
 
@@ -165,6 +162,18 @@ def _cells(
 
 # --- choosing among them ---------------------------------------------------------------------------------------------
 # Each gives the indices of the spans that stay, in order, where the better one of two does: of equal ones the first.
+
+
+def choose(
+    spans: torch.Tensor, scores: torch.Tensor, non_overlapping: bool = False, non_crossing: bool = False,
+    one_label: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Of flat spans and their scores the best, as the options of ``pointer_decode`` say."""
+    choices = ((one_label, _best_labels), (non_crossing, _best_nested), (non_overlapping, _best_flat))
+    for best in [best for wanted, best in choices if wanted and len(spans) > 0]:
+        kept = best(spans, scores)
+        spans, scores = spans[kept], scores[kept]
+    return spans, scores
 
 
 def _best_labels(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -74,8 +74,8 @@ def collate(
     Args:
         examples: of each, ``input_ids``: a list or 1-D integer tensor; ``spans``: a list of (type, start, end) in
             tokens, or of ``{"label", "start", "end"}``, or none in any example, for inference; and perhaps
-            ``attention_mask`` (1 throughout where absent) and ``token_type_ids`` (0 where absent), as long as
-            input_ids. A row of ``datasets`` is an example. Other keys are left out.
+            ``attention_mask`` (1 throughout where absent), ``token_type_ids`` and ``special_tokens_mask`` (0 where
+            absent), as long as input_ids. A row of ``datasets`` is an example. Other keys are left out.
         heads: a mapping from type to head index, or a sequence of types, where the position is the head index. Of
             several sets of spans a mapping from the key of each, in examples and batch, to its ``SpanSet``.
         pad_token_id: pads input_ids; 0 pads the others.
@@ -89,9 +89,9 @@ def collate(
         keep: keys that pass through, each as the list of what the examples have.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and, where an example has it, ``token_type_ids``: int64 ``[B, N]``, padded on
-        the right to the longest example; where the examples have spans, int64 ``[B, P, 3]``, or ``[S, 4]``; then what
-        to keep.
+        ``input_ids``, ``attention_mask`` and, where an example has them, ``token_type_ids`` and
+        ``special_tokens_mask``: int64 ``[B, N]``, padded on the right to the longest example; where the examples have
+        spans, int64 ``[B, P, 3]``, or ``[S, 4]``; then what to keep.
 
     Raises:
         TypeError, ValueError: naming the example, for a missing key, a value of wrong type or length, or a span as in
@@ -111,7 +111,7 @@ def collate(
     listed = _examples(op, examples, sets)
     ids = [_vector(op, i, "input_ids", example["input_ids"]) for i, example in enumerate(listed)]
     batch: dict[str, Any] = {"input_ids": _pad(ids, pad_token_id, pad_to_multiple_of)}
-    for name, absent in (("attention_mask", 1), ("token_type_ids", 0)):
+    for name, absent in (("attention_mask", 1), ("token_type_ids", 0), ("special_tokens_mask", 0)):
         if name == "attention_mask" or any(name in example for example in listed):
             rows = [
                 _vector(op, i, name, example[name], len(tokens)) if name in example else torch.full_like(tokens, absent)
