@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -408,6 +409,17 @@ def test_a_column_of_datasets_keeps_its_spans() -> None:
     stored = [datasets.Dataset.from_list(rows)[i] for i in range(5)]
     expected, batch = model.collator()(rows), model.collator()(stored)
     assert all(torch.equal(batch[name], x) for name, x in expected.items())
+
+
+def test_the_script_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    """From raw text to printed entities, of a text that it has not seen, in at most 25 lines."""
+    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (script,) = (x for x in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "flashpointer.hf" in x)
+    assert len([line for line in script.splitlines() if line.strip()]) <= 25
+    exec(script, {})
+    printed = capsys.readouterr().out.splitlines()[-2:]
+    assert re.match(r"{'text': 'Lima', 'label': 'LOC', 'start': 3, 'end': 7, 'score': \d", printed[0])
+    assert re.match(r"{'text': 'Dr Chen', 'label': 'PER', 'start': 23, 'end': 30, 'score': \d", printed[1])
 
 
 # Errors
