@@ -64,7 +64,8 @@ def a_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **names)
+    options = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": LENGTH}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
 
 
 class NearConfig(transformers.PretrainedConfig):
@@ -271,13 +272,16 @@ def test_from_a_pretrained_encoder(tmp_path: Path) -> None:
     assert model.encoder.config._attn_implementation == "eager"
     heads = [SpanModel.from_encoder(str(tmp_path), TYPES).head.p_dense for _ in range(2)]
     assert not torch.equal(heads[0].weight, heads[1].weight)
-    assert heads[0].weight.std().item() == pytest.approx((1 / 48 / 3) ** 0.5, rel=0.1)  # as torch.nn.Linear begins
+    model = SpanModel.from_pretrained(tmp_path, config=SpanConfig(bert(), TYPES))  # says that the head is new
+    torch.testing.assert_close(model.encoder.state_dict(), encoder.state_dict())
+    for layer in (*heads, model.head.p_dense):
+        assert layer.weight.std().item() == pytest.approx((1 / 48 / 3) ** 0.5, rel=0.1)  # as torch.nn.Linear begins
 
 
 def test_bfloat16(tmp_path: Path) -> None:
     """Weights and all: from an encoder, saved, loaded."""
     transformers.BertModel(bert()).save_pretrained(tmp_path / "encoder")
-    half = {"torch_dtype": torch.bfloat16}
+    half = {"dtype": torch.bfloat16}
     model = SpanModel.from_encoder(str(tmp_path / "encoder"), TYPES, **half)
     model.save_pretrained(tmp_path / "model")
     loaded = SpanModel.from_pretrained(tmp_path / "model", **half)
@@ -353,8 +357,14 @@ def test_predict_gives_each_text_its_own(near: SpanModel) -> None:
         texts.insert(words % 11, text)
         entities.insert(words % 11, of)
     near.train()
-    found = near.predict(texts, a_tokenizer())
+    lengths: list[int] = []
+    hook = near.encoder.register_forward_pre_hook(
+        lambda _, inputs, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = near.predict(texts, a_tokenizer(), batch_size=4)
+    hook.remove()
     assert near.training
+    assert len(lengths) > 1 and lengths == sorted(lengths, reverse=True)
     assert triples(found) == entities
     for size in (1, 5, 100):
         others = near.predict(iter(texts), a_tokenizer(), batch_size=size)

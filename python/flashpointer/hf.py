@@ -281,7 +281,7 @@ class SpanModel(PreTrainedModel):
         return hidden, text if attention_mask is None else text & attention_mask.bool()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        if isinstance(module, nn._PointerHead):
+        if isinstance(module, torch.nn.Linear):  # of the head, as the encoder looks after its own
             module.reset_parameters()
 
     def _encode(
