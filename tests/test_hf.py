@@ -52,7 +52,8 @@ def text_of(words: int) -> Text:
         elif kind == "LOC":
             add("in")
             entities.append(("LOC", *add(random.choice(NAMES))))
-        add(random.choice(OTHERS))
+        if len(listed) < words:
+            add(random.choice(OTHERS))
     return " ".join(listed), entities
 
 
@@ -398,6 +399,17 @@ def test_choices_are_those_of_a_whole_text(option: str) -> None:
             kept.append(x)
     assert chosen == sorted(kept, key=lambda x: found.index(x))
     assert len(chosen) < len(found)
+
+
+def test_windows_are_as_long_as_tokenizer_and_encoder_take() -> None:
+    text, entities = text_of(900)
+    endless = copy.deepcopy(a_tokenizer())
+    endless.model_max_length = 10**30
+    short, near = a_model(bert(max_position_embeddings=24)), a_model(NearConfig(len(endless)))
+    for model, tokenizer, length in ((short, endless, 24), (near, a_tokenizer(), LENGTH), (near, endless, 512)):
+        rows = [row["input_ids"] for row in model.examples([text], [entities], tokenizer)]
+        assert max(map(len, rows)) == len(rows[0]) == length
+        assert rows[1][1 : 1 + (length - 2) // 4] == rows[0][-1 - (length - 2) // 4 : -1]  # what they share
 
 
 def test_examples_say_what_no_window_holds() -> None:
