@@ -236,6 +236,8 @@ def test_special_tokens_are_masked() -> None:
     torch.testing.assert_close(output.loss, model.head.loss(hidden, batch["labels"], text))
     found = fp.spans.flatten(output.spans)
     assert len(found) > 4 and text[found[:, 0], found[:, 2]].all() and text[found[:, 0], found[:, 3]].all()
+    with pytest.raises(ValueError, match="mask takes"):  # not inverted
+        model(**{**batch, "attention_mask": -1e4 * (1 - batch["attention_mask"])})
     del batch["special_tokens_mask"]
     torch.testing.assert_close(model(**batch).loss, model.head.loss(hidden, batch["labels"], batch["attention_mask"]))
     whole = model(batch["input_ids"], labels=batch["labels"]).loss  # without any mask
@@ -451,8 +453,10 @@ def test_the_script_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     "call, error, message",
     [
         (lambda: SpanModel(SpanConfig(types=TYPES)), ValueError, "SpanModel: config takes one with an encoder, .*None"),
-        (lambda: SpanConfig(bert(), "PER"), TypeError, "SpanConfig: heads takes a mapping .*; got str 'PER'"),
-        (lambda: SpanConfig(bert(), ["PER", "PER"]), ValueError, "SpanConfig: heads takes each type once; got 'PER'"),
+        (lambda: SpanConfig(bert(), "PER"), TypeError, "SpanConfig: types takes a list of .*; got str 'PER'"),
+        (lambda: SpanConfig(bert(), {"PER": 1}), TypeError, "SpanConfig: types takes a list of .*; got dict"),
+        (lambda: SpanConfig(bert(), [1, 2]), ValueError, r"SpanConfig: types takes a list of .*; got \[1, 2\]"),
+        (lambda: SpanConfig(bert(), ["PER", "PER"]), ValueError, "SpanConfig: types .*each once; got .*'PER'"),
         (lambda: SpanConfig(bert(), TYPES, "Pointer"), ValueError, "SpanConfig: head takes one of 'Eff.*got str 'Poi"),
         (lambda: a_model(head_options={"head_size": 3}), ValueError, "EfficientGlobalPointer: head_size takes .* got"),
         (lambda: a_model().predict("Dr Bado", a_tokenizer()), TypeError, "predict: texts takes a list of strs; got"),

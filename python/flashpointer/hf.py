@@ -47,15 +47,15 @@ class SpanConfig(PretrainedConfig):
         types: the types of entities, in the order of their heads; as ``id2label`` they are saved.
         head: "EfficientGlobalPointer" or "GlobalPointer" of ``flashpointer.nn``.
         head_options: its arguments behind ``heads``: ``{"head_size": 64, "rope": False, ...}``.
-        decoding: what ``decode`` takes: ``{"threshold": 0.5, "non_overlapping": True, ...}``.
+        decoding: what ``decode`` takes: ``{"threshold": 0.5, "non_overlapping": True, ...}``. A model that was not
+            trained finds millions of spans in long texts: to evaluate one, bound them by ``top_k`` or ``max_spans``.
 
     Raises:
-        TypeError, ValueError: for types that are no sequence or not unique, or a head of another name.
+        TypeError, ValueError: for types that are no list of strs, or not unique, or a head of another name.
     """
 
     model_type = "flashpointer"
     sub_configs = {"encoder": AutoConfig}  # noqa: RUF012
-    has_no_defaults_at_init = True
 
     def __init__(
         self,
@@ -67,8 +67,12 @@ class SpanConfig(PretrainedConfig):
         **options: Any,
     ) -> None:
         if types is not None:
-            label2id = _read.table("SpanConfig", types)
-            options |= {"label2id": label2id, "id2label": {head: kind for kind, head in label2id.items()}}
+            takes = "a list of strs, each once"
+            listed = _read.each("SpanConfig", "types", types, takes)
+            if not all(isinstance(kind, str) for kind in listed) or len(set(listed)) < len(listed):
+                raise ValueError(f"SpanConfig: types takes {takes}; got {_checks.short(listed)}")
+            label2id = {kind: head for head, kind in enumerate(listed)}
+            options |= {"label2id": label2id, "id2label": dict(enumerate(listed))}
         _read.choice("SpanConfig", "head", head, HEADS)
         self.encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, Mapping) else encoder
         attention = getattr(self.encoder, "_attn_implementation_internal", None)  # which would be reset
@@ -104,7 +108,7 @@ class SpanModel(PreTrainedModel):
     config_class = SpanConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config: SpanConfig, encoder: PreTrainedModel | None = None) -> None:
         if config.encoder is None:
@@ -277,8 +281,9 @@ class SpanModel(PreTrainedModel):
         hidden = self.encoder(**{name: value for name, value in given.items() if value is not None})[0]
         if special_tokens_mask is None:
             return hidden, attention_mask
-        text = special_tokens_mask == 0
-        return hidden, text if attention_mask is None else text & attention_mask.bool()
+        if attention_mask is None:
+            return hidden, special_tokens_mask == 0
+        return hidden, attention_mask.masked_fill(special_tokens_mask != 0, 0)  # the head refuses what is not 0 or 1
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Linear):  # of the head, as the encoder looks after its own
