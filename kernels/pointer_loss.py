@@ -56,7 +56,6 @@ from .cells import (
     load_vectors,
     multiply,
     offset,
-    power_of_two,
     rows_of,
     up_to,
 )
@@ -242,7 +241,7 @@ def sum_listed(group, spans, within, shape, tile):
     for p_first in range(within[0], within[1], within[2]):
         p = p_first + tl.arange(0, GATHERED)
         rows = load_rows(group, spans, p, within[1], shape, tile)
-        log_sums, listed = direct_log_sums(rows, group, shape, tile)
+        log_sums, listed = direct_log_sums(rows, group, shape, tile, tile.BN, tile.STAGES)
         counts = (rows.left_out == 0) & (listed != float("-inf"))
         own = tl.where(counts, log_rest(listed, rows.label), float("-inf"))
         either = tl.minimum(safe(tl.maximum(log_sums, own)), FLOAT_MAX)
@@ -337,7 +336,7 @@ def sum_unsafe(group, h, count, shape, tile):
     tl.debug_barrier()  # before other threads read the list
     for first in range(0, count, GATHERED):
         rows = load_unsafe(group, h, first + tl.arange(0, GATHERED), count, shape, tile)
-        log_sums, _ = direct_log_sums(rows, group, shape, tile)
+        log_sums, _ = direct_log_sums(rows, group, shape, tile, tile.FEW, 1)
         at = group.sums + tl.cast(h, tl.int64) * shape.padded + rows.m
         tl.store(at, tl.where(log_sums == float("-inf"), -FLOAT_MAX, log_sums), mask=rows.live)  # -inf says listed
         m_n, S_n = add_exponents(m_n, S_n, tl.where(rows.live, log_sums, float("-inf")))
@@ -811,7 +810,7 @@ def forward(
     planes = padded_heads(of_group, rule.back_heads)
     mask = None if problem.mask is None else problem.mask.view(torch.uint8)
     positions = problem.positions if problem.rope else None
-    block = min(1024, max(128, power_of_two(length)))
+    block = 128 if length <= 128 else 512
     tokens = max(1, min(PAD.value, TURNED // tile.VECTOR.value))
     each = SORTED.value if count <= COUNTED else LANES.value
     sorters, listers = (count + each - 1) // each, _listers(sizes)
@@ -830,8 +829,9 @@ def forward(
             num_warps=rule.num_warps, num_stages=rule.stages, **registers,
         )  # fmt: skip
         combine_kernel[(groups * of_group,)](
-            workspace, losses, *sizes[1:], scale, tile, BLOCK=block, num_warps=1 if block <= 256 else 2, **registers
-        )
+            workspace, losses, *sizes[1:], scale, tile,
+            BLOCK=block, num_warps=1 if block == 128 else rule.combine_warps, **registers,
+        )  # fmt: skip
     return losses, saved
 
 

@@ -188,7 +188,7 @@ def test_pointer_loss(
     chip: str, head_size: int, heads: int, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five launches from the inputs to all gradients; matrix instructions in both sweeps and for direct rows. Of an odd
-    number of heads with padded spans."""
+    number of heads with padded spans. Longer sentences have longer blocks of tokens, and the same sweeps."""
     monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
     own_heads, heads = (9, 9) if heads == 1 else (1, heads)
     q, k = torch.empty(2, 2, own_heads, 128, head_size, dtype=scores_dtype)
@@ -206,6 +206,10 @@ def test_pointer_loss(
     names = [kernel.name.removesuffix("_kernel") for kernel in kernels]
     assert names == ["prepare", "sweep", "combine", "sweep_back", "turn_back"]
     assert all(kernel.count(MATRIX[chip]) > 0 for kernel in kernels[1:])
+    q, k = torch.empty(2, 2, own_heads, 512, head_size, dtype=scores_dtype)
+    start, end = torch.empty(2, 2, heads, 512, dtype=scores_dtype)
+    problem = problem._replace(mask=torch.empty(2, 512, dtype=torch.bool))
+    compile_for(chip, lambda: pointer_loss.forward(q, k, start, end, spans, labels, heads, problem))
 
 
 @on_every_chip
