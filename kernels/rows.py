@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,6 +16,7 @@ from .cells import power_of_two
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+NEGATIVE = tl.constexpr(-1.0)  # as a factor: a sign is a subtraction from 0 to Triton, an instruction of its own
 LONGEST_BLOCK = 8192
 
 
@@ -79,16 +81,21 @@ def tile_of_program(inner, classes, chunks, ROWS: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def exp_times(x, power: tl.constexpr, EXACT: tl.constexpr):
-    """2^power exp(x). As x log2(e) is rounded, its exp2 is off by some 1e-7 |x|: nothing to scores of 16 bits, and made
-    EXACT by log 2 in two parts."""
+def exp_parts(x):
+    """A whole k, and e near 1: exp(x) = 2^k e to full precision, but bounded. As x log2(e) is rounded, its exp2 alone
+    is off by some 1e-7 |x|; log 2 in two parts makes up for that."""
+    x = tl.clamp(x, -150.0, 104.0, propagate_nan=tl.PropagateNan.ALL)
+    k = x * LOG2_E + 12582912.0 - 12582912.0  # 1.5 2^23, which leaves no digit for a fraction
+    return k, tl.exp2((x - k * 0.693359375 + k * 2.12194440054690583e-4) * LOG2_E)
+
+
+@triton.jit
+def exp(x, EXACT: tl.constexpr):
     if EXACT:
-        x = tl.clamp(x, -150.0, 104.0, propagate_nan=tl.PropagateNan.ALL)  # where it is 0 and inf
-        k = x * LOG2_E + 12582912.0 - 12582912.0  # 1.5 2^23, which leaves no digit for a fraction
-        rest = x - k * 0.693359375 + k * 2.12194440054690583e-4
-        return tl.exp2(k + power) * tl.exp2(rest * LOG2_E)
+        k, e = exp_parts(x)
+        return tl.exp2(k) * e
     else:
-        return tl.exp2(x * LOG2_E + power)
+        return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -99,6 +106,11 @@ def reciprocal(x):
 
 
 # --- launching -----------------------------------------------------------------------------------------------------
+
+
+def strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+    """Those of [outer, inner, classes] each, 0 for what is not there."""
+    return tuple(stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()))
 
 
 class Block(NamedTuple):

@@ -28,7 +28,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import FLOAT_MAX, LOG2_E, Strided, block_of, exp_times, load_tile, reciprocal, tile_of_program
+from .rows import (
+    FLOAT_MAX,
+    LOG2_E,
+    LONGEST_BLOCK,
+    NEGATIVE,
+    Strided,
+    block_of,
+    exp,
+    load_tile,
+    reciprocal,
+    strides,
+    tile_of_program,
+)
 
 
 class Pair(NamedTuple):
@@ -56,8 +68,8 @@ def distance(x):
 
 @triton.jit
 def exponentials(x, EXACT: tl.constexpr):
-    """exp(-high) and exp(low). A sign of Triton's own is a subtraction from 0, a factor of -1 is for free."""
-    return Sides(exp_times(-1.0 * tl.maximum(x.s, x.t), 0, EXACT), exp_times(tl.minimum(x.s, x.t), 0, EXACT))
+    """exp(-high) and exp(low), EXACT or as exact as scores of 16 bits."""
+    return Sides(exp(tl.maximum(x.s, x.t) * NEGATIVE, EXACT), exp(tl.minimum(x.s, x.t), EXACT))
 
 
 @triton.jit
@@ -127,7 +139,7 @@ def zlpr_kl_div_backward_kernel(
     g = tl.load(upstream + tile.row * stride_upstream).to(tl.float32) * factor  # [ROWS, 1]
     between = gap(d, f.high * f.low)
     by_high = g * (slope(e.high, f.high) * d + between)
-    by_low = -1.0 * g * (slope(e.low, f.low) * d + between)
+    by_low = -g * (slope(e.low, f.low) * d + between)
     at = tile.row * classes + tile.first + tile.col
     if grad_scores is not None:
         ds = tl.where(x.s >= x.t, by_high, by_low)
@@ -140,15 +152,10 @@ def zlpr_kl_div_backward_kernel(
 # --- launchers -----------------------------------------------------------------------------------------------------
 
 
-def strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    """Those of [outer, inner, classes] each, 0 for what is not there."""
-    return sum(((0, 0, 0) if x is None else x.stride() for x in tensors), ())
-
-
 def forward(scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Divergences [outer, inner] in float32; scores, other and the bool mask are [outer, inner, classes]."""
     outer, inner, classes = scores.shape
-    together, block, num_warps = block_of(classes, 32)
+    together, block, num_warps = block_of(classes, 32 if classes <= LONGEST_BLOCK // 2 else 16)
     chunks = -(-classes // block)
     partials = torch.empty((outer, inner, chunks), dtype=torch.float32, device=scores.device)
     if partials.numel() > 0:
