@@ -21,7 +21,7 @@ LONGEST_BLOCK = 8192
 
 
 class Strided(NamedTuple):
-    """A tensor [outer, inner, classes]; or its part from one cell on, or from a cell of each of the rows [ROWS, 1]."""
+    """A tensor [outer, inner, classes]."""
 
     ptr: Any  # None for a tensor that is not there
     stride_o: Any
@@ -44,24 +44,15 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def advance(x, o, i, c):
-    """x from a cell on, whose place is three int64; or from one of each of the rows i [ROWS, 1]."""
-    if x.ptr is None:
-        return x
-    else:
-        ptr = x.ptr + o * x.stride_o + i * x.stride_i + c * x.stride_c
-        return Strided(ptr, x.stride_o, x.stride_i, x.stride_c)
-
-
-@triton.jit
-def load(x, col, inside, other):
-    return tl.load(x.ptr + col.to(tl.int64) * x.stride_c, mask=inside, other=other)
+def load(x, o, i, col, inside, other):
+    """Columns of the row at (o, i), two int64; or of rows, i [ROWS, 1]."""
+    return tl.load(x.ptr + o * x.stride_o + i * x.stride_i + col.to(tl.int64) * x.stride_c, mask=inside, other=other)
 
 
 @triton.jit
 def load_tile(x, tile, other):
-    x = advance(x, tile.o, tile.i, tile.first)
-    return load(x, tile.col, tile.inside, other)
+    from_first = Strided(x.ptr + tile.first * x.stride_c, x.stride_o, x.stride_i, x.stride_c)
+    return load(from_first, tile.o, tile.i, tile.col, tile.inside, other)
 
 
 @triton.jit

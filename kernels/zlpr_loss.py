@@ -33,7 +33,6 @@ from .rows import (
     LONGEST_BLOCK,
     NEGATIVE,
     Strided,
-    advance,
     block_of,
     exp,
     exp_parts,
@@ -47,10 +46,15 @@ SCALE = tl.constexpr(2.0**24)  # makes the least label, a subnormal number, a no
 # --- what belongs together -----------------------------------------------------------------------------------------
 
 
-class Inputs(NamedTuple):
+class Row(NamedTuple):
+    """The inputs, and where one row of them is, two int64; or rows, i [ROWS, 1]. A tuple with a mask of None is passed
+    as it was made: before Triton 3.7 no function can return it."""
+
     scores: Any
     labels: Any
     mask: Any
+    o: Any
+    i: Any
 
 
 class Columns(NamedTuple):
@@ -61,12 +65,18 @@ class Columns(NamedTuple):
     stop: Any
 
 
-class Cells(NamedTuple):
-    """A tile."""
+class Hard(NamedTuple):
+    """Cells with hard labels."""
 
-    n: Any  # hard labels: scores of the negatives, -inf in the other cells. Soft ones: scores, -inf in cells left out
-    p: Any  # hard labels: scores of the positives, +inf in the other cells. Soft ones: the same as n
-    t: Any  # soft labels times SCALE, 0 in cells left out; None for hard ones
+    n: Any  # scores of the negatives, -inf in the other cells
+    p: Any  # scores of the positives, +inf in the other cells
+
+
+class Soft(NamedTuple):
+    """Cells with soft labels."""
+
+    s: Any  # scores, -inf in cells left out
+    t: Any  # labels times SCALE, 0 in cells left out
 
 
 class Terms(NamedTuple):
@@ -142,61 +152,56 @@ def log_from_below(w, power: tl.constexpr):
 
 
 @triton.jit
-def row_at(x, o, i):
-    """The inputs from the row at (o, i) on, two int64; or from rows, i [ROWS, 1]."""
-    return Inputs(advance(x.scores, o, i, 0), advance(x.labels, o, i, 0), advance(x.mask, o, i, 0))
-
-
-@triton.jit
-def load_labels(labels, col, stop, LABELS: tl.constexpr):
+def load_labels(row, col, stop, LABELS: tl.constexpr):
     if LABELS == "packed":  # without a mask, so that the 8 cells of a byte share a load
-        byte = load(labels, tl.minimum(col >> 3, (stop - 1) >> 3), None, None)
+        byte = load(row.labels, row.o, row.i, tl.minimum(col >> 3, (stop - 1) >> 3), None, None)
         return byte & (1 << (col & 7))
     else:
-        return load(labels, col, col < stop, 0)
+        return load(row.labels, row.o, row.i, col, col < stop, 0)
 
 
 @triton.jit
 def load_cells(row, col, stop, LABELS: tl.constexpr):
     """A cell is left out by a score of -inf, whether it came so, lies beyond the row or is masked; one whose label
     is none gets a NaN, which the loss of its row shows."""
-    s = load(row.scores, col, col < stop, float("-inf")).to(tl.float32)
+    s = load(row.scores, row.o, row.i, col, col < stop, float("-inf")).to(tl.float32)
     if row.mask.ptr is not None:
-        s = tl.where(load(row.mask, col, col < stop, 0) != 0, s, float("-inf"))
-    t = load_labels(row.labels, col, stop, LABELS)
+        kept = load(row.mask, row.o, row.i, col, col < stop, 0) != 0
+        s = tl.where(kept, s, float("-inf"))
+    t = load_labels(row, col, stop, LABELS)
     if LABELS == "soft":
         t = t.to(tl.float32) * SCALE
         left_out = (s == float("-inf")) | (t == -100.0 * SCALE)
         s = tl.where(left_out, float("-inf"), tl.where((t >= 0.0) & (t <= SCALE), s, float("nan")))
-        return Cells(s, s, tl.where(left_out, 0.0, t))
+        return Soft(s, tl.where(left_out, 0.0, t))
     else:
         if LABELS == "integer":
             s = tl.where(t == -100, float("-inf"), s)
             s = tl.where((s == float("-inf")) | (t == 0) | (t == 1), s, float("nan"))
         positive = (t != 0) & (s != float("-inf"))
-        return Cells(tl.where(positive, float("-inf"), s), tl.where(positive, s, float("inf")), None)
+        return Hard(tl.where(positive, float("-inf"), s), tl.where(positive, s, float("inf")))
 
 
 @triton.jit
-def pivots(x, axis: tl.constexpr):
-    if x.t is None:
-        return Terms(pivot(x.n, axis), pivot(x.p * NEGATIVE, axis))
-    else:
-        n = tl.where(x.t == SCALE, float("-inf"), log_from_below(1.0 - x.t * (1 / SCALE), 0) + x.n)
-        p = tl.where(x.t == 0.0, float("-inf"), log_from_below(x.t, -24) - x.p)
+def pivots(x, axis: tl.constexpr, LABELS: tl.constexpr):
+    if LABELS == "soft":
+        n = tl.where(x.t == SCALE, float("-inf"), log_from_below(1.0 - x.t * (1 / SCALE), 0) + x.s)
+        p = tl.where(x.t == 0.0, float("-inf"), log_from_below(x.t, -24) - x.s)
         return Terms(pivot(n, axis), pivot(p, axis))
+    else:
+        return Terms(pivot(x.n, axis), pivot(x.p * NEGATIVE, axis))
 
 
 @triton.jit
-def exponentials(x, m):
+def exponentials(x, m, LABELS: tl.constexpr):
     """Weights and all, by exp2: one instruction, which makes 0 of what is below 2^-126. The exponent s - m is exact, as
     s log2(e) - m log2(e) would not be."""
-    if x.t is None:
-        return Terms(tl.exp2((x.n - m.n) * LOG2_E), tl.exp2((x.p + m.p) * -LOG2_E))
-    else:  # t - 1, as 1 - t of the pivot would be kept in a register; where t = 1, 0 * inf would be a NaN
-        n = tl.where(x.t < SCALE, (x.t * (1 / SCALE) - 1.0) * (tl.exp2((x.n - m.n) * LOG2_E) * NEGATIVE), 0.0)
-        k, e = exp_parts(x.p * NEGATIVE - m.p)
+    if LABELS == "soft":  # t - 1: the 1 - t of the pivot would be kept in a register. Where t = 1, 0 * inf would be NaN
+        n = tl.where(x.t < SCALE, (x.t * (1 / SCALE) - 1.0) * (tl.exp2((x.s - m.n) * LOG2_E) * NEGATIVE), 0.0)
+        k, e = exp_parts(x.s * NEGATIVE - m.p)
         return Terms(n, e * x.t * tl.exp2(k - 24.0))
+    else:
+        return Terms(tl.exp2((x.n - m.n) * LOG2_E), tl.exp2((x.p + m.p) * -LOG2_E))
 
 
 @triton.jit
@@ -222,9 +227,9 @@ def sweep_log_sums(row, start, stop, LABELS: tl.constexpr, BLOCK: tl.constexpr):
     for first in range(start, stop, BLOCK):
         col = first + tl.arange(0, BLOCK)  # [BLOCK]
         cells = load_cells(row, col, stop, LABELS)
-        of_tile = pivots(cells, 0)
+        of_tile = pivots(cells, 0, LABELS)
         m = Terms(tl.maximum(m_n, of_tile.n), tl.maximum(m_p, of_tile.p))
-        S = sums(exponentials(cells, m), 0)
+        S = sums(exponentials(cells, m, LABELS), 0)
         S_n = S_n * tl.exp(m_n - m.n) + S.n
         S_p = S_p * tl.exp(m_p - m.p) + S.p
         m_n = m.n
@@ -237,7 +242,7 @@ def sweep_gradient(row, columns, m, share, LABELS: tl.constexpr, BLOCK: tl.const
     """The gradient of some columns of a row."""
     for first in range(columns.start, columns.stop, BLOCK):
         col = first + tl.arange(0, BLOCK)  # [BLOCK]
-        g = gradient(exponentials(load_cells(row, col, columns.stop, LABELS), m), share)
+        g = gradient(exponentials(load_cells(row, col, columns.stop, LABELS), m, LABELS), share)
         tl.store(columns.grad + col, g.to(columns.grad.dtype.element_ty), mask=col < columns.stop)
 
 
@@ -258,15 +263,17 @@ def zlpr_block_kernel(
     LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows that fit one block, ROWS of them to a program: one read of scores and labels, one write of the gradient."""
-    inputs = Inputs(
+    tile = tile_of_program(inner, classes, 1, ROWS, BLOCK)
+    row = Row(
         Strided(scores, stride_so, stride_si, stride_sc),
         Strided(labels, stride_lo, stride_li, stride_lc),
         Strided(mask, stride_mo, stride_mi, stride_mc),
+        tile.o,
+        tile.i,
     )
-    tile = tile_of_program(inner, classes, 1, ROWS, BLOCK)
-    cells = load_cells(row_at(inputs, tile.o, tile.i), tile.col, classes, LABELS)  # [ROWS, BLOCK]
-    m = column(pivots(cells, 1))  # [ROWS, 1]
-    e = exponentials(cells, m)  # [ROWS, BLOCK]
+    cells = load_cells(row, tile.col, classes, LABELS)  # [ROWS, BLOCK]
+    m = column(pivots(cells, 1, LABELS))  # [ROWS, 1]
+    e = exponentials(cells, m, LABELS)  # [ROWS, BLOCK]
     l = log_sums(m, column(sums(e, 1)))  # [ROWS, 1]
     tl.store(loss + tile.row, total_loss(l))
     if WITH_GRAD:
@@ -288,13 +295,14 @@ def zlpr_sweep_kernel(
     LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A long row to a program: log-sums in a first sweep, gradient in a second, which finds the row in cache."""
-    inputs = Inputs(
+    o, i = row_of_program(inner)
+    row = Row(
         Strided(scores, stride_so, stride_si, stride_sc),
         Strided(labels, stride_lo, stride_li, stride_lc),
         Strided(mask, stride_mo, stride_mi, stride_mc),
+        o,
+        i,
     )
-    o, i = row_of_program(inner)
-    row = row_at(inputs, o, i)
     m, S = sweep_log_sums(row, 0, classes, LABELS, BLOCK)
     l = log_sums(m, S)
     tl.store(loss + o * inner + i, total_loss(l))
@@ -311,14 +319,16 @@ def zlpr_partial_kernel(
     LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk of a long row to a program: its m_n, S_n, m_p, S_p go to partials [rows, splits, 4]."""
-    inputs = Inputs(
+    o, i = row_of_program(inner)
+    row = Row(
         Strided(scores, stride_so, stride_si, stride_sc),
         Strided(labels, stride_lo, stride_li, stride_lc),
         Strided(mask, stride_mo, stride_mi, stride_mc),
+        o,
+        i,
     )
-    o, i = row_of_program(inner)
     start = tl.program_id(1) * chunk
-    m, S = sweep_log_sums(row_at(inputs, o, i), start, tl.minimum(start + chunk, classes), LABELS, BLOCK)
+    m, S = sweep_log_sums(row, start, tl.minimum(start + chunk, classes), LABELS, BLOCK)
     partials += ((o * inner + i) * tl.num_programs(1) + tl.program_id(1)) * 4
     tl.store(partials, m.n)
     tl.store(partials + 1, S.n)
@@ -344,12 +354,14 @@ def zlpr_merge_kernel(
     LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each program merges its row's partials; the first stores the loss, each writes the gradient of its chunk."""
-    inputs = Inputs(
+    o, i = row_of_program(inner)
+    row = Row(
         Strided(scores, stride_so, stride_si, stride_sc),
         Strided(labels, stride_lo, stride_li, stride_lc),
         Strided(mask, stride_mo, stride_mi, stride_mc),
+        o,
+        i,
     )
-    o, i = row_of_program(inner)
     partials += (o * inner + i) * splits * 4
     m_n, S_n = merge_partials(partials, splits, SPLITS)
     m_p, S_p = merge_partials(partials + 2, splits, SPLITS)
@@ -360,7 +372,7 @@ def zlpr_merge_kernel(
     if WITH_GRAD:
         start = tl.program_id(1) * chunk
         columns = Columns(grad + (o * inner + i) * classes, start, tl.minimum(start + chunk, classes))
-        sweep_gradient(row_at(inputs, o, i), columns, m, shares(l, grad_scale), LABELS, BLOCK)
+        sweep_gradient(row, columns, m, shares(l, grad_scale), LABELS, BLOCK)
 
 
 # --- launcher ------------------------------------------------------------------------------------------------------
