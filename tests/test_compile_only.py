@@ -112,12 +112,23 @@ def test_the_row_kernel_moves_16_bytes_at_a_time(chip: str, block: int) -> None:
 
 @on_every_chip
 @pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("classes", [28, 64, 128, 256, 512, 1024, 20000])
+@pytest.mark.parametrize("classes", [*BLOCKS, 27, 983, 8191, 20000])  # each block; odd rows; chunks
 def test_zlpr_kl_div(chip: str, classes: int, scores_dtype: torch.dtype) -> None:
     scores, other = torch.empty(2, 1, 64, classes, dtype=scores_dtype)
     mask = torch.empty(scores.shape, dtype=torch.bool)
     compile_for(chip, lambda: zlpr_kl_div.forward(scores, other, mask))
     compile_for(chip, lambda: zlpr_kl_div.backward(scores, other, mask, torch.empty(64), 1.0, True, True))
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+def test_one_upstream_gradient_makes_one_long_row(chip: str) -> None:
+    """Of rows of odd length too, whose own cells would each be a load of their own."""
+    scores, other = torch.empty(2, 1, 64, 983, dtype=torch.bfloat16)
+    upstream = torch.empty(()).expand(64)
+    (kernel,) = compile_for(chip, lambda: zlpr_kl_div.backward(scores, other, None, upstream, 1.0, True, True))
+    assert kernel.count(r"LDG\.E\S*\.128") >= 2
+    assert kernel.count(r"STG\.E\S*\.128") >= 2
+    assert kernel.count(r"(LD|ST)G\.E\S*\.U16") == 0
 
 
 @on_every_chip
