@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .cells import columns_of, gather_vectors, keep_valid, load_vectors, multiply
-from .zlpr_loss import FLOAT_MAX
+from .rows import FLOAT_MAX
 
 NOWHERE = tl.constexpr(2**63 - 1)  # the key of a span on no valid cell: behind all others
 GATHERED = tl.constexpr(16)  # direct rows at a time: the least that a matrix unit takes

@@ -42,6 +42,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flashpointer.problem import Problem
+
 from .cells import (
     PAD,
     Bias,
@@ -80,6 +82,7 @@ from .direct_rows import (
     store_keys,
 )
 from .rotate import rotation, turn
+from .rows import FLOAT_MAX
 from .workspace import (
     add_product,
     at_heads,
@@ -91,7 +94,7 @@ from .workspace import (
     tile_of,
     workspace_bytes,
 )
-from .zlpr_loss import FLOAT_MAX, log_term, pivot
+from .zlpr_loss import log_term, pivot
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -730,7 +733,7 @@ class Sizes(NamedTuple):
     groups: int
     heads: int  # of a group
     length: int
-    count: int
+    span_count: int
     n_bits: int
     h_bits: int
     max_width: int | None
@@ -755,7 +758,7 @@ def empty_saved(shape: tuple[int, ...], like: torch.Tensor) -> Saved:
     return Saved(like.new_empty(bytes_needed, dtype=torch.uint8), shape)
 
 
-def _sizes(shape: tuple[int, ...], problem: Any) -> Sizes:
+def _sizes(shape: tuple[int, ...], problem: Problem) -> Sizes:
     batch, own_heads, length, _, heads, count = shape
     of_group = heads // own_heads
     width = None if problem.max_width is None else min(problem.max_width, length)
@@ -768,15 +771,15 @@ def _strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else (0, *x.stride())[-dims:]
 
 
-def _scale(problem: Any) -> tuple[float, float]:
+def _scale(problem: Problem) -> tuple[float, float]:
     """Its size, which is a factor of -inf, and its sign, which goes into q."""
     return max(abs(problem.scale), 1e-37), -1.0 if problem.scale < 0 else 1.0
 
 
 def _listers(sizes: Sizes) -> int:
     """Programs of a group for listed spans: enough where they are spread evenly."""
-    batch = GATHERED.value * sizes.groups
-    return (sizes.count + batch - 1) // batch
+    batch: int = GATHERED.value * sizes.groups
+    return (sizes.span_count + batch - 1) // batch
 
 
 def forward(
@@ -787,7 +790,7 @@ def forward(
     spans: torch.Tensor,
     span_labels: torch.Tensor | None,
     heads: int,
-    problem: Any,
+    problem: Problem,
 ) -> tuple[torch.Tensor, Saved]:
     """Losses [B, heads] in float32, and what backward needs.
 
@@ -854,7 +857,7 @@ def backward(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
     dtype: torch.dtype,
-    problem: Any,
+    problem: Problem,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k [B, heads or 1, N, D], start and end [B, heads, N] in ``dtype``, that of these, contiguous,
     from those of the losses, upstream [B, heads] times ``share``."""

@@ -80,9 +80,9 @@ def workspace_bytes(groups: int, heads: int, length: int, count: int, tile: Tile
     """Of Spans and of all Groups, in the order of their fields."""
     padded = (length + PAD.value - 1) // PAD.value * PAD.value
     planes = groups * padded_heads(heads, tile.BACK_HEADS.value)
-    vector = 2 * tile.VECTOR.value * tile.DTYPE.value.primitive_bitwidth // 8
-    tables = 2 * tile.TABLE.value.primitive_bitwidth // 8 + 4 * 4
-    spans = (SPAN_BYTES.value * count + 63) // 64 * 64
+    vector: int = 2 * tile.VECTOR.value * tile.DTYPE.value.primitive_bitwidth // 8
+    tables: int = 2 * tile.TABLE.value.primitive_bitwidth // 8 + 4 * 4
+    spans: int = (SPAN_BYTES.value * count + 63) // 64 * 64
     return spans + padded * (groups * (vector + 4) + planes * tables) + planes * 4 * 4 + groups * 3 * 4
 
 

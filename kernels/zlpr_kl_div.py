@@ -185,7 +185,8 @@ def backward(
         mask = None if mask is None else mask.view(torch.uint8)
         inputs = (scores, other) if mask is None else (scores, other, mask)
         if upstream.stride(0) == 0 and all(x.is_contiguous() for x in inputs):  # one scalar for all: the rows are one
-            scores, other, mask = (None if x is None else x.view(1, 1, -1) for x in (scores, other, mask))
+            scores, other = scores.view(1, 1, -1), other.view(1, 1, -1)
+            mask = None if mask is None else mask.view(1, 1, -1)
         outer, inner, classes = scores.shape
         together, block, num_warps = block_of(classes, 16, longest=2048)
         chunks = -(-classes // block)
