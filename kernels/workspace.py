@@ -78,7 +78,7 @@ SPAN_BYTES = tl.constexpr(20)
 
 def workspace_bytes(groups: int, heads: int, length: int, count: int, tile: Tile) -> int:
     """Of Spans and of all Groups, in the order of their fields."""
-    padded = (length + PAD.value - 1) // PAD.value * PAD.value
+    padded: int = (length + PAD.value - 1) // PAD.value * PAD.value
     planes = groups * padded_heads(heads, tile.BACK_HEADS.value)
     vector: int = 2 * tile.VECTOR.value * tile.DTYPE.value.primitive_bitwidth // 8
     tables: int = 2 * tile.TABLE.value.primitive_bitwidth // 8 + 4 * 4
