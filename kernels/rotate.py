@@ -55,6 +55,18 @@ def turn(x, cos, sin):
 
 
 @triton.jit
+def turn_vectors(x, out, token, kept, angles, tile):
+    """x [N, SIZE] of some tokens, turned, 0 where not kept, into out [padded, VECTOR]."""
+    d = tl.arange(0, tile.VECTOR)[None, :]
+    at = x.ptr + token.to(tl.int64)[:, None] * x.stride_n + d * x.stride_d
+    vectors = tl.load(at, mask=kept[:, None] & (d < tile.SIZE), other=0.0).to(tl.float32)  # [tokens, VECTOR]
+    if tile.ROPE:
+        vectors = turn(vectors, angles[0], angles[1])
+    to = out + token.to(tl.int64)[:, None] * tile.VECTOR + d
+    tl.store(to, vectors.to(out.dtype.element_ty))
+
+
+@triton.jit
 def rotate_kernel(
     q, k, mask, positions, out_q, out_k,
     own_heads, length, direction,
