@@ -29,15 +29,12 @@ from .cells import (
     PAD,
     Bias,
     Shape,
-    Strided,
-    Tokens,
     all_registers,
     columns_of,
     float32_precision,
     keep_valid,
     load_bias,
     load_kept,
-    load_positions,
     load_vectors,
     multiply,
     offset,
@@ -45,7 +42,7 @@ from .cells import (
     strides,
     up_to,
 )
-from .rotate import rotation, turn_vectors
+from .rotate import open_source, turn_tokens
 
 BIASES = tl.constexpr(16)  # heads to a program that prepares biases
 LANES = tl.constexpr(128)
@@ -71,10 +68,10 @@ class Tile(NamedTuple):
 
 
 class Clean(NamedTuple):
-    """A bias: -inf for dropped tokens and instead of NaN, which is above no threshold and must be in no bound."""
+    """A bias: -inf for dropped tokens."""
 
     ptr: Any  # [heads, padded]
-    most: Any  # [heads, tiles]: the largest of each tile
+    most: Any  # [heads, tiles]: the largest of each tile; NaN is above no threshold, and max passes over it
 
 
 class Group(NamedTuple):
@@ -118,7 +115,6 @@ def open_group(vectors, biases, integers, i, numbers, shape, tile):
 def prepare_bias(bias, clean, here, h, token, shape, tile):
     """Of a bias a tile of BIASES heads h [BIASES, 1] and BN tokens [1, BN]."""
     x = load_bias(bias, here, h, token)
-    x = tl.where(x == x, x, float("-inf"))
     tl.store(clean.ptr + tl.cast(h, tl.int64) * shape.padded + token, x, mask=h < shape.heads)
     at = tl.cast(h, tl.int64) * (shape.padded // tile.BN) + tl.max(token, axis=1)[:, None] // tile.BN  # [BIASES, 1]
     tl.store(clean.most + at, tl.max(x, axis=1)[:, None], mask=h < shape.heads)
@@ -139,22 +135,16 @@ def prepare_kernel(
     h = i % own_heads
     first = tl.program_id(0) // groups * tile.BN
     group = open_group(vectors, biases, integers, i, (1.0, 0.0), shape, tile)
-    kept = Tokens(mask, offset(b, 0, stride_mb, 0), stride_mn)
+    source = open_source(
+        (q, stride_qb, stride_qh, stride_qn, stride_qd), (k, stride_kb, stride_kh, stride_kn, stride_kd),
+        (mask, stride_mb, stride_mn), (positions, stride_pb, stride_pn), b, h, length,
+    )  # fmt: skip
     if tl.program_id(1) == 0:
-        at = Tokens(positions, offset(b, 0, stride_pb, 0), stride_pn)
-        of_q = Strided(q + offset(b, h, stride_qb, stride_qh), stride_qn, stride_qd)
-        of_k = Strided(k + offset(b, h, stride_kb, stride_kh), stride_kn, stride_kd)
         for step in range(0, tile.BN, tile.TOKENS):
-            token = first + step + tl.arange(0, tile.TOKENS)
-            here = load_kept(kept, token, length)
-            angles = (0.0, 0.0)
-            if tile.ROPE:
-                angles = rotation(load_positions(at, token, length), tile.SIZE, tile.VECTOR // 2)
-            turn_vectors(of_q, group.q, token, here, angles, tile)
-            turn_vectors(of_k, group.k, token, here, angles, tile)
+            turn_tokens(source, group.q, group.k, first + step + tl.arange(0, tile.TOKENS), tile)
     else:
         token = first + tl.arange(0, tile.BN)
-        here = load_kept(kept, token, length)
+        here = load_kept(source.mask, token, length)
         extent = tl.max(tl.where(here, token + 1, 0), axis=0)
         tl.store(group.extents + first // tile.BN, extent, mask=tl.program_id(1) == 1)
         some = (tl.program_id(1) - 1) * BIASES + tl.arange(0, BIASES)[:, None]
@@ -233,7 +223,7 @@ def count_kernel(vectors, biases, integers, groups, heads, length, max_width, sc
     for n_first in tl.range(first, stop, tile.BN, num_stages=tile.STAGES):
         most_end = load_most(group.end, h_first + h, n_first // tile.BN, shape, tile)
         x = multiply_tile(q_m, group, m_first, n_first, shape, tile)
-        bounds = tl.max(x) + most_start + most_end  # [HEADS]; max passes over NaN
+        bounds = tl.max(x) + most_start + most_end  # [HEADS]
         bits = tl.sum(tl.where(bounds > group.threshold, tl.full([tile.HEADS], 1, tl.int64) << h, 0), axis=0)
         if bits != 0:
             while bits != 0:
