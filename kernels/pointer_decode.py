@@ -29,6 +29,8 @@ from .cells import (
     PAD,
     Bias,
     Shape,
+    Strided,
+    Tokens,
     all_registers,
     columns_of,
     float32_precision,
@@ -42,7 +44,7 @@ from .cells import (
     strides,
     up_to,
 )
-from .rotate import open_source, turn_tokens
+from .rotate import Source, turn_tokens
 
 BIASES = tl.constexpr(16)  # heads to a program that prepares biases
 LANES = tl.constexpr(128)
@@ -135,10 +137,13 @@ def prepare_kernel(
     h = i % own_heads
     first = tl.program_id(0) // groups * tile.BN
     group = open_group(vectors, biases, integers, i, (1.0, 0.0), shape, tile)
-    source = open_source(
-        (q, stride_qb, stride_qh, stride_qn, stride_qd), (k, stride_kb, stride_kh, stride_kn, stride_kd),
-        (mask, stride_mb, stride_mn), (positions, stride_pb, stride_pn), b, h, length,
-    )  # fmt: skip
+    source = Source(
+        Strided(q + offset(b, h, stride_qb, stride_qh), stride_qn, stride_qd),
+        Strided(k + offset(b, h, stride_kb, stride_kh), stride_kn, stride_kd),
+        Tokens(mask, offset(b, 0, stride_mb, 0), stride_mn),
+        Tokens(positions, offset(b, 0, stride_pb, 0), stride_pn),
+        length,
+    )
     if tl.program_id(1) == 0:
         for step in range(0, tile.BN, tile.TOKENS):
             turn_tokens(source, group.q, group.k, first + step + tl.arange(0, tile.TOKENS), tile)

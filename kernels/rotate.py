@@ -67,18 +67,6 @@ class Source(NamedTuple):
 
 
 @triton.jit
-def open_source(q, k, mask, positions, b, h, length):
-    """Each of the four with its strides behind it."""
-    return Source(
-        Strided(q[0] + offset(b, h, q[1], q[2]), q[3], q[4]),
-        Strided(k[0] + offset(b, h, k[1], k[2]), k[3], k[4]),
-        Tokens(mask[0], offset(b, 0, mask[1], 0), mask[2]),
-        Tokens(positions[0], offset(b, 0, positions[1], 0), positions[2]),
-        length,
-    )
-
-
-@triton.jit
 def turn_vectors(x, out, token, kept, angles, tile):
     """x [N, SIZE] of some tokens, turned, 0 where not kept, into out [padded, VECTOR]."""
     d = tl.arange(0, tile.VECTOR)[None, :]
@@ -121,10 +109,15 @@ def turn_kernel(
     """TOKENS tokens of a group to a program."""
     i = tl.program_id(0) % groups
     token = tl.program_id(0) // groups * TOKENS + tl.arange(0, TOKENS)
-    source = open_source(
-        (q, stride_qb, stride_qh, stride_qn, stride_qd), (k, stride_kb, stride_kh, stride_kn, stride_kd),
-        (mask, stride_mb, stride_mn), (positions, stride_pb, stride_pn), i // own_heads, i % own_heads, length,
-    )  # fmt: skip
+    b = i // own_heads
+    h = i % own_heads
+    source = Source(
+        Strided(q + offset(b, h, stride_qb, stride_qh), stride_qn, stride_qd),
+        Strided(k + offset(b, h, stride_kb, stride_kh), stride_kn, stride_kd),
+        Tokens(mask, offset(b, 0, stride_mb, 0), stride_mn),
+        Tokens(positions, offset(b, 0, stride_pb, 0), stride_pn),
+        length,
+    )
     plane = tl.cast(up_to(length, PAD), tl.int64) * tile.VECTOR
     turn_tokens(source, vectors + i * plane, vectors + (groups + i) * plane, token, tile)
 
