@@ -59,6 +59,7 @@ from .cells import (
     multiply,
     offset,
     rows_of,
+    strides,
     up_to,
 )
 from .direct_rows import (
@@ -766,11 +767,6 @@ def _sizes(shape: tuple[int, ...], problem: Problem) -> Sizes:
     return Sizes(own_heads, batch * own_heads, of_group, length, count, n_bits, h_bits, width)
 
 
-def _strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """A dimension that is missing is broadcast."""
-    return (0,) * dims if x is None else (0, *x.stride())[-dims:]
-
-
 def _scale(problem: Problem) -> tuple[float, float]:
     """Its size, which is a factor of -inf, and its sign, which goes into q."""
     return max(abs(problem.scale), 1e-37), -1.0 if problem.scale < 0 else 1.0
@@ -821,8 +817,8 @@ def forward(
     with torch.cuda.device_of(q):
         prepare_kernel[(sorters + groups * (padded // tokens + of_group),)](
             q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters, per_sentence,
-            *q.stride(), *k.stride(), *_strides(start, 3), *_strides(end, 3), *_strides(mask, 2),
-            *_strides(positions, 2), *spans.stride(), *_strides(span_labels, 1), tile,
+            *q.stride(), *k.stride(), *strides(start, 3), *strides(end, 3), *strides(mask, 2),
+            *strides(positions, 2), *spans.stride(), *strides(span_labels, 1), tile,
             BLOCK=block, TOKENS=tokens, COUNTING=count <= COUNTED, num_warps=4, **registers,
         )  # fmt: skip
         if count > COUNTED:
@@ -884,6 +880,6 @@ def backward(
         )  # fmt: skip
         turn_back_kernel[(sizes.groups * ((length + rule.tokens - 1) // rule.tokens), 1 + blocks)](
             workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end, *sizes, scale, share, sign,
-            *upstream.stride(), *_strides(positions, 2), tile, BLOCKS=blocks, num_warps=rule.direct_warps, **registers,
+            *upstream.stride(), *strides(positions, 2), tile, BLOCKS=blocks, num_warps=rule.direct_warps, **registers,
         )  # fmt: skip
     return d_q, d_k, d_start, d_end
