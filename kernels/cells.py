@@ -52,6 +52,14 @@ class Vectors(NamedTuple):
     x: Any  # [tokens, VECTOR]
 
 
+class Strided(NamedTuple):
+    """[N, D]: the vectors of a group, as they are given."""
+
+    ptr: Any
+    stride_n: Any
+    stride_d: Any
+
+
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +176,11 @@ def rows_of(n_first, extent, shape, tile):
 def power_of_two(least: int) -> int:
     """In plain integers: Triton's own, called from Python, costs as much as an argument of a launch."""
     return 1 << (least - 1).bit_length() if least > 1 else 1
+
+
+def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """A dimension that is missing is broadcast."""
+    return (0,) * dims if x is None else (0, *x.stride())[-dims:]
 
 
 def float32_precision() -> str:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .cells import columns_of, gather_vectors, keep_valid, load_vectors, multiply
-from .zlpr_loss import FLOAT_MAX
+from .rows import FLOAT_MAX
 
 NOWHERE = tl.constexpr(2**63 - 1)  # the key of a span on no valid cell: behind all others
 GATHERED = tl.constexpr(16)  # direct rows at a time: the least that a matrix unit takes
@@ -218,15 +218,15 @@ def columns_of_rows(rows, group, shape, tile):
 
 
 @triton.jit
-def direct_log_sums(rows, group, shape, tile):
-    """The log-sum of the negatives that rows answer for, and the listed scores."""
-    largest = tl.full([GATHERED, tile.BN], float("-inf"), dtype=tl.float32)  # one pivot and sum for every BN-th column
-    total = tl.zeros([GATHERED, tile.BN], dtype=tl.float32)
-    listed = tl.zeros([GATHERED, tile.BN], dtype=tl.float32)
+def direct_log_sums(rows, group, shape, tile, BN: tl.constexpr, STAGES: tl.constexpr):
+    """The log-sum of the negatives that rows answer for, and the listed scores; BN columns at a time."""
+    largest = tl.full([GATHERED, BN], float("-inf"), dtype=tl.float32)  # one pivot and sum for every BN-th column
+    total = tl.zeros([GATHERED, BN], dtype=tl.float32)
+    listed = tl.zeros([GATHERED, BN], dtype=tl.float32)
     first, stop = columns_of_rows(rows, group, shape, tile)
-    for n_first in tl.range(first, stop, tile.BN, num_stages=tile.STAGES):
-        n = n_first + tl.arange(0, tile.BN)
-        k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
+    for n_first in tl.range(first, stop, BN, num_stages=STAGES):
+        n = n_first + tl.arange(0, BN)
+        k_n = load_vectors(group.k, n_first, BN, tile.VECTOR)
         s = direct_scores(k_n, n, rows, group, shape, tile)  # [GATHERED, BN]
         listed += tl.where(n[None, :] == rows.own[:, None], s, 0.0)
         s = tl.where(answers_for(n, rows), s, float("-inf"))

@@ -42,6 +42,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flashpointer.problem import Problem
+
 from .cells import (
     PAD,
     Bias,
@@ -56,8 +58,8 @@ from .cells import (
     load_vectors,
     multiply,
     offset,
-    power_of_two,
     rows_of,
+    strides,
     up_to,
 )
 from .direct_rows import (
@@ -81,6 +83,7 @@ from .direct_rows import (
     store_keys,
 )
 from .rotate import rotation, turn
+from .rows import FLOAT_MAX
 from .workspace import (
     add_product,
     at_heads,
@@ -92,7 +95,7 @@ from .workspace import (
     tile_of,
     workspace_bytes,
 )
-from .zlpr_loss import FLOAT_MAX, log_term, pivot
+from .zlpr_loss import log_term, pivot
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -242,7 +245,7 @@ def sum_listed(group, spans, within, shape, tile):
     for p_first in range(within[0], within[1], within[2]):
         p = p_first + tl.arange(0, GATHERED)
         rows = load_rows(group, spans, p, within[1], shape, tile)
-        log_sums, listed = direct_log_sums(rows, group, shape, tile)
+        log_sums, listed = direct_log_sums(rows, group, shape, tile, tile.BN, tile.STAGES)
         counts = (rows.left_out == 0) & (listed != float("-inf"))
         own = tl.where(counts, log_rest(listed, rows.label), float("-inf"))
         either = tl.minimum(safe(tl.maximum(log_sums, own)), FLOAT_MAX)
@@ -337,7 +340,7 @@ def sum_unsafe(group, h, count, shape, tile):
     tl.debug_barrier()  # before other threads read the list
     for first in range(0, count, GATHERED):
         rows = load_unsafe(group, h, first + tl.arange(0, GATHERED), count, shape, tile)
-        log_sums, _ = direct_log_sums(rows, group, shape, tile)
+        log_sums, _ = direct_log_sums(rows, group, shape, tile, tile.FEW, 1)
         at = group.sums + tl.cast(h, tl.int64) * shape.padded + rows.m
         tl.store(at, tl.where(log_sums == float("-inf"), -FLOAT_MAX, log_sums), mask=rows.live)  # -inf says listed
         m_n, S_n = add_exponents(m_n, S_n, tl.where(rows.live, log_sums, float("-inf")))
@@ -731,7 +734,7 @@ class Sizes(NamedTuple):
     groups: int
     heads: int  # of a group
     length: int
-    count: int
+    span_count: int
     n_bits: int
     h_bits: int
     max_width: int | None
@@ -756,7 +759,7 @@ def empty_saved(shape: tuple[int, ...], like: torch.Tensor) -> Saved:
     return Saved(like.new_empty(bytes_needed, dtype=torch.uint8), shape)
 
 
-def _sizes(shape: tuple[int, ...], problem: Any) -> Sizes:
+def _sizes(shape: tuple[int, ...], problem: Problem) -> Sizes:
     batch, own_heads, length, _, heads, count = shape
     of_group = heads // own_heads
     width = None if problem.max_width is None else min(problem.max_width, length)
@@ -764,20 +767,15 @@ def _sizes(shape: tuple[int, ...], problem: Any) -> Sizes:
     return Sizes(own_heads, batch * own_heads, of_group, length, count, n_bits, h_bits, width)
 
 
-def _strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """A dimension that is missing is broadcast."""
-    return (0,) * dims if x is None else (0, *x.stride())[-dims:]
-
-
-def _scale(problem: Any) -> tuple[float, float]:
+def _scale(problem: Problem) -> tuple[float, float]:
     """Its size, which is a factor of -inf, and its sign, which goes into q."""
     return max(abs(problem.scale), 1e-37), -1.0 if problem.scale < 0 else 1.0
 
 
 def _listers(sizes: Sizes) -> int:
     """Programs of a group for listed spans: enough where they are spread evenly."""
-    batch = GATHERED.value * sizes.groups
-    return (sizes.count + batch - 1) // batch
+    batch: int = GATHERED.value * sizes.groups
+    return (sizes.span_count + batch - 1) // batch
 
 
 def forward(
@@ -788,7 +786,7 @@ def forward(
     spans: torch.Tensor,
     span_labels: torch.Tensor | None,
     heads: int,
-    problem: Any,
+    problem: Problem,
 ) -> tuple[torch.Tensor, Saved]:
     """Losses [B, heads] in float32, and what backward needs.
 
@@ -811,7 +809,7 @@ def forward(
     planes = padded_heads(of_group, rule.back_heads)
     mask = None if problem.mask is None else problem.mask.view(torch.uint8)
     positions = problem.positions if problem.rope else None
-    block = min(1024, max(128, power_of_two(length)))
+    block = 128 if length <= 128 else 512
     tokens = max(1, min(PAD.value, TURNED // tile.VECTOR.value))
     each = SORTED.value if count <= COUNTED else LANES.value
     sorters, listers = (count + each - 1) // each, _listers(sizes)
@@ -819,8 +817,8 @@ def forward(
     with torch.cuda.device_of(q):
         prepare_kernel[(sorters + groups * (padded // tokens + of_group),)](
             q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters, per_sentence,
-            *q.stride(), *k.stride(), *_strides(start, 3), *_strides(end, 3), *_strides(mask, 2),
-            *_strides(positions, 2), *spans.stride(), *_strides(span_labels, 1), tile,
+            *q.stride(), *k.stride(), *strides(start, 3), *strides(end, 3), *strides(mask, 2),
+            *strides(positions, 2), *spans.stride(), *strides(span_labels, 1), tile,
             BLOCK=block, TOKENS=tokens, COUNTING=count <= COUNTED, num_warps=4, **registers,
         )  # fmt: skip
         if count > COUNTED:
@@ -830,8 +828,9 @@ def forward(
             num_warps=rule.num_warps, num_stages=rule.stages, **registers,
         )  # fmt: skip
         combine_kernel[(groups * of_group,)](
-            workspace, losses, *sizes[1:], scale, tile, BLOCK=block, num_warps=1 if block <= 256 else 2, **registers
-        )
+            workspace, losses, *sizes[1:], scale, tile,
+            BLOCK=block, num_warps=1 if block == 128 else rule.combine_warps, **registers,
+        )  # fmt: skip
     return losses, saved
 
 
@@ -854,7 +853,7 @@ def backward(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
     dtype: torch.dtype,
-    problem: Any,
+    problem: Problem,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k [B, heads or 1, N, D], start and end [B, heads, N] in ``dtype``, that of these, contiguous,
     from those of the losses, upstream [B, heads] times ``share``."""
@@ -881,6 +880,6 @@ def backward(
         )  # fmt: skip
         turn_back_kernel[(sizes.groups * ((length + rule.tokens - 1) // rule.tokens), 1 + blocks)](
             workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end, *sizes, scale, share, sign,
-            *upstream.stride(), *_strides(positions, 2), tile, BLOCKS=blocks, num_warps=rule.direct_warps, **registers,
+            *upstream.stride(), *strides(positions, 2), tile, BLOCKS=blocks, num_warps=rule.direct_warps, **registers,
         )  # fmt: skip
     return d_q, d_k, d_start, d_end

@@ -11,17 +11,19 @@ There is no table, and nothing else to launch.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .cells import PAD, Strided, Tokens, load_kept, load_positions, offset, strides, up_to
+
 LOG2_BASE = tl.constexpr(math.log2(10000.0))
 LOG2_TURN = tl.constexpr(math.log2(2 * math.pi))
 TURN = tl.constexpr(2 * math.pi)
 
-# Elements to a program: eight to a thread and each in one thread alone, so that turning in place is no race.
-ELEMENTS = 1024
+ELEMENTS = 2048  # of q and of k to a program
 
 
 @triton.jit
@@ -39,9 +41,9 @@ def cos_sin(turns):
 
 
 @triton.jit
-def rotation(position, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """cos and sin [tokens, HALF] of the angles of tokens at these positions."""
-    i = tl.arange(0, HALF).to(tl.float64)
+def rotation(position, SIZE: tl.constexpr, HALF: tl.constexpr, first=0):
+    """cos and sin [tokens, HALF] of the angles of tokens at these positions, from the first pair on."""
+    i = (first + tl.arange(0, HALF)).to(tl.float64)
     frequency = tl.exp2(i * (-2.0 / SIZE * LOG2_BASE) - LOG2_TURN) * 2.0**64  # in 2^-64 turns a position
     turns = position.to(tl.int64)[:, None] * frequency.to(tl.int64)[None, :]
     return cos_sin((turns >> 32).to(tl.int32))
@@ -54,84 +56,88 @@ def turn(x, cos, sin):
     return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [x.shape[0], x.shape[1]])
 
 
+class Source(NamedTuple):
+    """What of a group is to be turned."""
+
+    q: Any  # Strided
+    k: Any  # Strided
+    mask: Any  # Tokens
+    positions: Any  # Tokens
+    length: Any
+
+
 @triton.jit
-def rotate_kernel(
-    q, k, mask, positions, out_q, out_k,
-    own_heads, length, direction,
+def turn_vectors(x, out, token, kept, angles, tile):
+    """x [N, SIZE] of some tokens, turned, 0 where not kept, into out [padded, VECTOR]."""
+    d = tl.arange(0, tile.VECTOR)[None, :]
+    at = x.ptr + token.to(tl.int64)[:, None] * x.stride_n + d * x.stride_d
+    vectors = tl.load(at, mask=kept[:, None] & (d < tile.SIZE), other=0.0).to(tl.float32)  # [tokens, VECTOR]
+    if tile.ROPE:
+        vectors = turn(vectors, angles[0], angles[1])
+    to = out + token.to(tl.int64)[:, None] * tile.VECTOR + d
+    tl.store(to, vectors.to(out.dtype.element_ty))
+
+
+@triton.jit
+def turn_tokens(source, out_q, out_k, token, tile):
+    kept = load_kept(source.mask, token, source.length)
+    angles = (0.0, 0.0)
+    if tile.ROPE:
+        angles = rotation(load_positions(source.positions, token, source.length), tile.SIZE, tile.VECTOR // 2)
+    turn_vectors(source.q, out_q, token, kept, angles, tile)
+    turn_vectors(source.k, out_k, token, kept, angles, tile)
+
+
+@triton.jit
+def store_turned_back(out, x, token, first, angles, length, tile):
+    """x [tokens, some of VECTOR from the first on], turned back, into out [N, SIZE]."""
+    if tile.ROPE:
+        x = turn(x, angles[0], -angles[1])
+    d = first + tl.arange(0, x.shape[1])[None, :]
+    at = out + token.to(tl.int64)[:, None] * tile.SIZE + d
+    tl.store(at, x.to(out.dtype.element_ty), mask=(token < length)[:, None] & (d < tile.SIZE))
+
+
+@triton.jit(do_not_specialize=["groups", "length"])
+def turn_kernel(
+    q, k, mask, positions, vectors,
+    own_heads, groups, length,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_mb, stride_mn, stride_pb, stride_pn,
-    HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, ROPE: tl.constexpr,
-    SIZE: tl.constexpr, HALF_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    tile, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK tokens of one head of q and of k to a program; out_q and out_k [B, own_heads, length, SIZE], contiguous."""
-    tiles = tl.cdiv(length, BLOCK)
-    plane = (tl.program_id(0) // tiles).to(tl.int64)
-    b = plane // own_heads
-    h = plane % own_heads
-    token = (tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    inside = token < length
-    kept = inside
-    if HAS_MASK:
-        kept = inside & (tl.load(mask + b * stride_mb + token * stride_mn, mask=inside, other=0) != 0)
-    cos = tl.full([BLOCK, HALF_BLOCK], 1.0, tl.float32)
-    sin = tl.zeros([BLOCK, HALF_BLOCK], tl.float32)
-    if ROPE:
-        position = token
-        if HAS_POSITIONS:
-            position = tl.load(positions + b * stride_pb + token * stride_pn, mask=inside, other=0)
-        cos, sin = rotation(position, SIZE, HALF_BLOCK)
-        sin *= direction
-    d = tl.arange(0, 2 * HALF_BLOCK)[None, :].to(tl.int64)
-    to = (plane * length + token[:, None]) * SIZE + d
-    there = inside[:, None] & (d < SIZE)
-    here = kept[:, None] & (d < SIZE)
-    at = b * stride_qb + h * stride_qh + token[:, None] * stride_qn + d * stride_qd
-    x = turn(tl.load(q + at, mask=here, other=0.0).to(tl.float32), cos, sin)
-    tl.store(out_q + to, x.to(out_q.dtype.element_ty), mask=there)
-    at = b * stride_kb + h * stride_kh + token[:, None] * stride_kn + d * stride_kd
-    x = turn(tl.load(k + at, mask=here, other=0.0).to(tl.float32), cos, sin)
-    tl.store(out_k + to, x.to(out_k.dtype.element_ty), mask=there)
+    """TOKENS tokens of a group to a program."""
+    i = tl.program_id(0) % groups
+    token = tl.program_id(0) // groups * TOKENS + tl.arange(0, TOKENS)
+    b = i // own_heads
+    h = i % own_heads
+    source = Source(
+        Strided(q + offset(b, h, stride_qb, stride_qh), stride_qn, stride_qd),
+        Strided(k + offset(b, h, stride_kb, stride_kh), stride_kn, stride_kd),
+        Tokens(mask, offset(b, 0, stride_mb, 0), stride_mn),
+        Tokens(positions, offset(b, 0, stride_pb, 0), stride_pn),
+        length,
+    )
+    plane = tl.cast(up_to(length, PAD), tl.int64) * tile.VECTOR
+    turn_tokens(source, vectors + i * plane, vectors + (groups + i) * plane, token, tile)
 
 
-def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    out_q: torch.Tensor,
-    out_k: torch.Tensor,
-    rope: bool,
-    direction: float,
-) -> None:
-    batch, own_heads, length, size = q.shape
-    if q.numel() == 0:
-        return
-    half_block = triton.next_power_of_2(size // 2)
-    block = max(1, ELEMENTS // (2 * half_block))
-    mask_strides = (0, 0) if mask is None else mask.stride()
-    position_strides = (0, 0) if positions is None else (0, *positions.stride())[-2:]
-    with torch.cuda.device_of(q):
-        rotate_kernel[(batch * own_heads * triton.cdiv(length, block),)](
-            q, k, q if mask is None else mask.view(torch.uint8), q if positions is None else positions, out_q, out_k,
-            own_heads, length, direction, *q.stride(), *k.stride(), *mask_strides, *position_strides,
-            HAS_MASK=mask is not None, HAS_POSITIONS=positions is not None, ROPE=rope,
-            SIZE=size, HALF_BLOCK=half_block, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+def turned(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None, tile: Any
+) -> torch.Tensor:
+    """Vectors [2, B * own heads, padded N, VECTOR], contiguous: q and k, turned if ``tile.ROPE``, and 0 for tokens that
+    the mask drops, whatever these hold, and in the padding.
 
-
-def rotate(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None, rope: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """New, contiguous q and k: turned if ``rope``, and 0 for tokens that the mask drops, whatever these hold.
-
-    q, k [B, heads or 1, N, D], D even; mask [B, N] bool; positions [N] or [B, N], integer: 0 to N - 1 if None. Each may
-    have any strides.
+    q, k [B, heads or 1, N, D], D even; mask [B, N] uint8; positions [N] or [B, N], integer: 0 to N - 1 if None. Each
+    may have any strides.
     """
-    out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    _launch(q, k, mask, positions, out_q, out_k, rope, 1.0)
-    return out_q, out_k
-
-
-def rotate_back_(d_q: torch.Tensor, d_k: torch.Tensor, positions: torch.Tensor | None) -> None:
-    """Turns gradients of what ``rotate`` gave, contiguous, into those of what it took, in place."""
-    _launch(d_q, d_k, None, positions, d_q, d_k, True, -1.0)
+    batch, own_heads, length, _ = q.shape
+    padded, vector = (length + PAD.value - 1) // PAD.value * PAD.value, tile.VECTOR.value
+    vectors = torch.empty((2, batch * own_heads, padded, vector), dtype=q.dtype, device=q.device)
+    positions = positions if tile.ROPE.value else None
+    tokens = max(1, min(PAD.value, ELEMENTS // vector))
+    turn_kernel[(batch * own_heads * (padded // tokens),)](
+        q, k, mask, positions, vectors, own_heads, batch * own_heads, length,
+        *q.stride(), *k.stride(), *strides(mask, 2), *strides(positions, 2), tile, TOKENS=tokens, num_warps=4,
+    )  # fmt: skip
+    return vectors

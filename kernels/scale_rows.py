@@ -10,21 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 1024
-CHUNK = 8192
+from .rows import block_of, tile_of_program
 
 
 @triton.jit
-def scale_rows_kernel(grad, upstream, classes, factor, stride_upstream, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    chunks = tl.cdiv(classes, CHUNK)
+def scale_rows_kernel(grad, upstream, rows, classes, chunks, factor, stride_upstream, BLOCK: tl.constexpr):
+    tile = tile_of_program(rows, classes, chunks, 1, BLOCK)
     row = tl.program_id(0).to(tl.int64) // chunks
     scale = tl.load(upstream + row * stride_upstream).to(tl.float32) * factor
     if scale != 1.0:
-        start = tl.program_id(0).to(tl.int64) % chunks * CHUNK
-        for first in range(start, tl.minimum(start + CHUNK, classes), BLOCK):
-            col = first + tl.arange(0, BLOCK)
-            g = tl.load(grad + row * classes + col, mask=col < classes).to(tl.float32)
-            tl.store(grad + row * classes + col, (g * scale).to(grad.dtype.element_ty), mask=col < classes)
+        at = grad + tile.row * classes + tile.first + tile.col  # [1, BLOCK]
+        g = tl.load(at, mask=tile.inside).to(tl.float32)
+        tl.store(at, (g * scale).to(grad.dtype.element_ty), mask=tile.inside)
 
 
 def scale_(grad: torch.Tensor, upstream: torch.Tensor, factor: float) -> None:
@@ -35,7 +32,9 @@ def scale_(grad: torch.Tensor, upstream: torch.Tensor, factor: float) -> None:
     upstream = upstream.expand(grad.shape[:-1]).reshape(-1)
     if upstream.stride(0) == 0:  # one scalar for all: the rows are one long row
         rows, classes = 1, rows * classes
+    _, block, num_warps = block_of(classes, 32, longest=4096)  # of one row alone: none may be scaled twice
+    chunks = -(-classes // block)
     with torch.cuda.device_of(grad):
-        scale_rows_kernel[(rows * triton.cdiv(classes, CHUNK),)](
-            grad, upstream, classes, factor, upstream.stride(0), BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4
+        scale_rows_kernel[(rows * chunks,)](
+            grad, upstream, rows, classes, chunks, factor, upstream.stride(0), BLOCK=block, num_warps=num_warps
         )

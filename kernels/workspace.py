@@ -22,25 +22,22 @@ class Tile:
     """Made on the host, of constants, and itself one. Triton finds a compiled kernel by its constants, which it hashes
     at each launch: this one is the same by identity, as ``tile_of`` makes one of a kind."""
 
-    BM: tl.constexpr  # rows and columns of a tile in the sweeps along the rows
-    BN: tl.constexpr
-    BACK_BM: (
-        tl.constexpr
-    )  # and along the columns, of the same width: a row's rho must cover the same columns everywhere
-    TOKENS: tl.constexpr  # to a program that turns back
-    HEADS: tl.constexpr  # to a program: forward
-    BACK_HEADS: tl.constexpr  # and backward; heads are padded to a multiple of it
-    SIZE: tl.constexpr  # D
-    VECTOR: tl.constexpr  # D, padded to a power of two
-    CHUNK: tl.constexpr  # of it, in products of q and k
-    DTYPE: tl.constexpr  # of vectors
-    TABLE: (
-        tl.constexpr
-    )  # of tables: bfloat16 has the range of float32, but float16 holds neither P, V, A nor their products
-    PRECISION: tl.constexpr  # of products whose operands are float32
-    STAGES: tl.constexpr
-    TRIL: tl.constexpr
-    ROPE: tl.constexpr
+    BM: Any  # rows and columns of a tile in the sweeps along the rows
+    BN: Any
+    BACK_BM: Any  # and along the columns, of the same width: a row's rho must cover the same columns everywhere
+    FEW: Any  # columns of unsafe rows at a time in launch 3: as few registers as let all its programs run at once
+    TOKENS: Any  # to a program that turns back
+    HEADS: Any  # to a program: forward
+    BACK_HEADS: Any  # and backward; heads are padded to a multiple of it
+    SIZE: Any  # D
+    VECTOR: Any  # D, padded to a power of two
+    CHUNK: Any  # of it, in products of q and k
+    DTYPE: Any  # of vectors
+    TABLE: Any  # of tables: bfloat16 has the range of float32, but float16 holds neither P, V, A nor their products
+    PRECISION: Any  # of products whose operands are float32
+    STAGES: Any
+    TRIL: Any
+    ROPE: Any
 
 
 class Group(NamedTuple):
@@ -81,11 +78,11 @@ SPAN_BYTES = tl.constexpr(20)
 
 def workspace_bytes(groups: int, heads: int, length: int, count: int, tile: Tile) -> int:
     """Of Spans and of all Groups, in the order of their fields."""
-    padded = (length + PAD.value - 1) // PAD.value * PAD.value
+    padded: int = (length + PAD.value - 1) // PAD.value * PAD.value
     planes = groups * padded_heads(heads, tile.BACK_HEADS.value)
-    vector = 2 * tile.VECTOR.value * tile.DTYPE.value.primitive_bitwidth // 8
-    tables = 2 * tile.TABLE.value.primitive_bitwidth // 8 + 4 * 4
-    spans = (SPAN_BYTES.value * count + 63) // 64 * 64
+    vector: int = 2 * tile.VECTOR.value * tile.DTYPE.value.primitive_bitwidth // 8
+    tables: int = 2 * tile.TABLE.value.primitive_bitwidth // 8 + 4 * 4
+    spans: int = (SPAN_BYTES.value * count + 63) // 64 * 64
     return spans + padded * (groups * (vector + 4) + planes * tables) + planes * 4 * 4 + groups * 3 * 4
 
 
@@ -173,16 +170,18 @@ def add_product(sums, p, table, tile):
 
 
 class Plan(NamedTuple):
-    """See Tile. Warps: of the sweep, of the sweeps back, of the launch that turns back."""
+    """See Tile. Warps: of the sweep, of combine where sentences are long, of the sweeps back, of turning back."""
 
     chunk: int
     bm: int
     bn: int
     back_bm: int
+    few: int
     tokens: int
     heads: int
     back_heads: int
     num_warps: int
+    combine_warps: int
     back_warps: int
     direct_warps: int
     stages: int
@@ -193,13 +192,16 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     if dtype == torch.bfloat16 and vector <= 128:
         heads = 1 if heads == 1 else min(128, max(16, power_of_two(heads)))
         direct_warps = 8 if vector == 128 else 4
-        return Plan(vector, 64, 64, 16 if vector == 128 else 32, 32, min(64, heads), heads, 4, 4, direct_warps, 3)
+        return Plan(
+            vector, 64, 64, 16 if vector == 128 else 32, 16, 32, min(64, heads), heads, 4, 2, 4, direct_warps, 3
+        )
     # Three operands where tf32x3 multiplies: small tiles, eight warps, and always 64 heads, as fewer would spill.
     heads = 1 if heads == 1 else 64
     direct_warps = 16 if vector > 128 else 8
     if dtype == torch.float32 and vector > 64:
-        return Plan(16 if vector > 128 else 32, 32, 32, 32, 16, heads, heads, 8, 8, direct_warps, 2)
-    return Plan(vector, 32, 32, 32, 16, heads, heads, 4, 8, direct_warps, 2)
+        return Plan(16 if vector > 128 else 32, 32, 32, 32, 32, 16, heads, heads, 8, 1, 8, direct_warps, 2)
+    few, combine_warps = (32, 1) if dtype == torch.float32 else (16, 2)
+    return Plan(vector, 32, 32, 32, few, 16, heads, heads, 4, combine_warps, 8, direct_warps, 2)
 
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -217,7 +219,7 @@ def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, h
         precision = "tf32"  # which has all the digits of float16
     table = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     fields = (
-        rule.bm, rule.bn, rule.back_bm, rule.tokens, rule.heads, rule.back_heads, size, vector, rule.chunk,
+        rule.bm, rule.bn, rule.back_bm, rule.few, rule.tokens, rule.heads, rule.back_heads, size, vector, rule.chunk,
         DTYPES[dtype], table, precision, rule.stages, tril, rope,
     )  # fmt: skip
     return rule, Tile(*map(tl.constexpr, fields))

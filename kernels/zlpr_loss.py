@@ -25,27 +25,36 @@ import torch
 import triton
 import triton.language as tl
 
-FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from .cells import power_of_two
+from .rows import (
+    FLOAT_MAX,
+    LN_2,
+    LOG2_E,
+    LONGEST_BLOCK,
+    NEGATIVE,
+    Strided,
+    block_of,
+    exp,
+    exp_parts,
+    load,
+    strides,
+    tile_of_program,
+)
 
+SCALE = tl.constexpr(2.0**24)  # makes the least label, a subnormal number, a normal one
 
 # --- what belongs together -----------------------------------------------------------------------------------------
 
 
-class Strided(NamedTuple):
-    """A tensor [outer, inner, classes]; or its part from one row on, or from each of the rows [ROWS, 1] on."""
+class Row(NamedTuple):
+    """The inputs, and where one row of them is, two int64; or rows, i [ROWS, 1]. A tuple with a mask of None is passed
+    as it was made: before Triton 3.7 no function can return it."""
 
-    ptr: Any  # None for a tensor that is not there
-    stride_o: Any
-    stride_i: Any
-    stride_c: Any
-
-
-class Inputs(NamedTuple):
     scores: Any
     labels: Any
     mask: Any
+    o: Any
+    i: Any
 
 
 class Columns(NamedTuple):
@@ -56,12 +65,18 @@ class Columns(NamedTuple):
     stop: Any
 
 
-class Cells(NamedTuple):
-    """A tile."""
+class Hard(NamedTuple):
+    """Cells with hard labels."""
 
-    n: Any  # hard labels: scores of the negatives, -inf in the other cells. Soft ones: scores, -inf in cells left out
-    p: Any  # hard labels: scores of the positives, +inf in the other cells. Soft ones: the same as n
-    t: Any  # soft labels, 0 in cells left out; None for hard ones
+    n: Any  # scores of the negatives, -inf in the other cells
+    p: Any  # scores of the positives, +inf in the other cells
+
+
+class Soft(NamedTuple):
+    """Cells with soft labels."""
+
+    s: Any  # scores, -inf in cells left out
+    t: Any  # labels times SCALE, 0 in cells left out
 
 
 class Terms(NamedTuple):
@@ -91,15 +106,6 @@ def pivot(exponents, axis: tl.constexpr):
 
 
 @triton.jit
-def exp_times(x, power: tl.constexpr):
-    """2^power exp(x), bounded, and to full precision, as exp2(x log2(e)) is not far from 0: with log 2 in two parts."""
-    x = tl.clamp(x, -150.0, 104.0, propagate_nan=tl.PropagateNan.ALL)
-    k = tl.floor(x * LOG2_E + 0.5)
-    rest = x - k * 0.693359375 + k * 2.12194440054690583e-4
-    return tl.exp2(k + power) * tl.exp2(rest * LOG2_E)
-
-
-@triton.jit
 def log1p(x):
     """log(1 + x) of x >= 0 to full precision, for want of a native one: of 1 + x, and of what its rounding took."""
     one_plus = 1.0 + x
@@ -108,7 +114,7 @@ def log1p(x):
 
 @triton.jit
 def log_sum(m, S):
-    f = exp_times(-tl.abs(m), 0)
+    f = exp(-tl.abs(m), True)
     return LogSum(tl.maximum(m, 0.0), tl.where(m > 0, S + (f - 1.0), S * f), tl.where(m > 0, 1.0, f))
 
 
@@ -136,83 +142,66 @@ def shares(l, grad_scale):
 
 
 @triton.jit
-def log_from_below(w):
-    """log w of a normal w > 0, or up to 0.06 less: the bits of a float, as an integer, are 2^23 (127 + log2 w), but for
-    the mantissa, which they count linearly."""
-    return w.to(tl.int32, bitcast=True).to(tl.float32) * (LN_2 / 8388608.0) - 127.0 * LN_2
+def log_from_below(w, power: tl.constexpr):
+    """log(2^power w) of a normal w > 0, or up to 0.06 less: the bits of a float, as an integer, are
+    2^23 (127 + log2 w), but for the mantissa, which they count linearly."""
+    return w.to(tl.int32, bitcast=True).to(tl.float32) * (LN_2 / 8388608.0) + (power - 127.0) * LN_2
 
 
 # --- a tile --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def advance(x, o, i):
-    if x.ptr is None:
-        return x
+def load_labels(row, col, stop, LABELS: tl.constexpr):
+    if LABELS == "packed":  # without a mask, so that the 8 cells of a byte share a load
+        byte = load(row.labels, row.o, row.i, tl.minimum(col >> 3, (stop - 1) >> 3), None, None)
+        return byte & (1 << (col & 7))
     else:
-        return Strided(x.ptr + o * x.stride_o + i * x.stride_i, x.stride_o, x.stride_i, x.stride_c)
+        return load(row.labels, row.o, row.i, col, col < stop, 0)
 
 
 @triton.jit
-def row_at(x, o, i):
-    """The inputs from the row at (o, i) on, two int64; or from rows, i [ROWS, 1]."""
-    return Inputs(advance(x.scores, o, i), advance(x.labels, o, i), advance(x.mask, o, i))
-
-
-@triton.jit
-def load(x, col, inside, other):
-    return tl.load(x.ptr + col.to(tl.int64) * x.stride_c, mask=inside, other=other)
-
-
-@triton.jit
-def load_labels(labels, col, inside, LABELS: tl.constexpr):
-    if LABELS == "packed":
-        return (load(labels, col // 32, inside, 0) >> (col % 32)) & 1
-    elif LABELS == "soft":
-        return load(labels, col, inside, 0).to(tl.float32)
-    else:
-        return load(labels, col, inside, 0)
-
-
-@triton.jit
-def load_cells(row, col, inside, LABELS: tl.constexpr):
+def load_cells(row, col, stop, LABELS: tl.constexpr):
     """A cell is left out by a score of -inf, whether it came so, lies beyond the row or is masked; one whose label
     is none gets a NaN, which the loss of its row shows."""
-    s = load(row.scores, col, inside, float("-inf")).to(tl.float32)
+    s = load(row.scores, row.o, row.i, col, col < stop, float("-inf")).to(tl.float32)
     if row.mask.ptr is not None:
-        s = tl.where(load(row.mask, col, inside, 0) != 0, s, float("-inf"))
-    t = load_labels(row.labels, col, inside, LABELS)
-    if LABELS == "soft" or LABELS == "integer":
-        valid = ((t >= 0) & (t <= 1)) if LABELS == "soft" else ((t == 0) | (t == 1))
-        s = tl.where(t == -100, float("-inf"), s)
-        s = tl.where((s == float("-inf")) | valid, s, float("nan"))
-    kept = s != float("-inf")
+        kept = load(row.mask, row.o, row.i, col, col < stop, 0) != 0
+        s = tl.where(kept, s, float("-inf"))
+    t = load_labels(row, col, stop, LABELS)
     if LABELS == "soft":
-        return Cells(s, s, tl.where(kept, t, 0.0))
+        t = t.to(tl.float32) * SCALE
+        left_out = (s == float("-inf")) | (t == -100.0 * SCALE)
+        s = tl.where(left_out, float("-inf"), tl.where((t >= 0.0) & (t <= SCALE), s, float("nan")))
+        return Soft(s, tl.where(left_out, 0.0, t))
     else:
-        positive = (t != 0) & kept
-        return Cells(tl.where(positive, float("-inf"), s), tl.where(positive, s, float("inf")), None)
+        if LABELS == "integer":
+            s = tl.where(t == -100, float("-inf"), s)
+            s = tl.where((s == float("-inf")) | (t == 0) | (t == 1), s, float("nan"))
+        positive = (t != 0) & (s != float("-inf"))
+        return Hard(tl.where(positive, float("-inf"), s), tl.where(positive, s, float("inf")))
 
 
 @triton.jit
-def pivots(x, axis: tl.constexpr):
-    if x.t is None:
-        return Terms(pivot(x.n, axis), pivot(-x.p, axis))
+def pivots(x, axis: tl.constexpr, LABELS: tl.constexpr):
+    if LABELS == "soft":
+        n = tl.where(x.t == SCALE, float("-inf"), log_from_below(1.0 - x.t * (1 / SCALE), 0) + x.s)
+        p = tl.where(x.t == 0.0, float("-inf"), log_from_below(x.t, -24) - x.s)
+        return Terms(pivot(n, axis), pivot(p, axis))
     else:
-        n = tl.where(x.t == 1.0, float("-inf"), x.n + log_from_below(1.0 - x.t))
-        log_t = log_from_below(x.t * 16777216.0) - 24.0 * LN_2  # t 2^24 is normal where t is not
-        return Terms(pivot(n, axis), pivot(tl.where(x.t == 0.0, float("-inf"), log_t - x.p), axis))
+        return Terms(pivot(x.n, axis), pivot(x.p * NEGATIVE, axis))
 
 
 @triton.jit
-def exponentials(x, m):
+def exponentials(x, m, LABELS: tl.constexpr):
     """Weights and all, by exp2: one instruction, which makes 0 of what is below 2^-126. The exponent s - m is exact, as
     s log2(e) - m log2(e) would not be."""
-    if x.t is None:
+    if LABELS == "soft":  # t - 1: the 1 - t of the pivot would be kept in a register. Where t = 1, 0 * inf would be NaN
+        n = tl.where(x.t < SCALE, (x.t * (1 / SCALE) - 1.0) * (tl.exp2((x.s - m.n) * LOG2_E) * NEGATIVE), 0.0)
+        k, e = exp_parts(x.s * NEGATIVE - m.p)
+        return Terms(n, e * x.t * tl.exp2(k - 24.0))
+    else:
         return Terms(tl.exp2((x.n - m.n) * LOG2_E), tl.exp2((x.p + m.p) * -LOG2_E))
-    else:  # where t = 1 the exponent may be anything, and 0 * inf is NaN
-        n = tl.where(x.t == 1.0, 0.0, (1.0 - x.t) * tl.exp2((x.n - m.n) * LOG2_E))
-        return Terms(n, x.t * 16777216.0 * exp_times(-x.p - m.p, -24))
 
 
 @triton.jit
@@ -237,10 +226,10 @@ def sweep_log_sums(row, start, stop, LABELS: tl.constexpr, BLOCK: tl.constexpr):
     S_p = 0.0
     for first in range(start, stop, BLOCK):
         col = first + tl.arange(0, BLOCK)  # [BLOCK]
-        cells = load_cells(row, col, col < stop, LABELS)
-        of_tile = pivots(cells, 0)
+        cells = load_cells(row, col, stop, LABELS)
+        of_tile = pivots(cells, 0, LABELS)
         m = Terms(tl.maximum(m_n, of_tile.n), tl.maximum(m_p, of_tile.p))
-        S = sums(exponentials(cells, m), 0)
+        S = sums(exponentials(cells, m, LABELS), 0)
         S_n = S_n * tl.exp(m_n - m.n) + S.n
         S_p = S_p * tl.exp(m_p - m.p) + S.p
         m_n = m.n
@@ -253,9 +242,8 @@ def sweep_gradient(row, columns, m, share, LABELS: tl.constexpr, BLOCK: tl.const
     """The gradient of some columns of a row."""
     for first in range(columns.start, columns.stop, BLOCK):
         col = first + tl.arange(0, BLOCK)  # [BLOCK]
-        inside = col < columns.stop
-        g = gradient(exponentials(load_cells(row, col, inside, LABELS), m), share)
-        tl.store(columns.grad + col, g.to(columns.grad.dtype.element_ty), mask=inside)
+        g = gradient(exponentials(load_cells(row, col, columns.stop, LABELS), m, LABELS), share)
+        tl.store(columns.grad + col, g.to(columns.grad.dtype.element_ty), mask=col < columns.stop)
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -275,26 +263,22 @@ def zlpr_block_kernel(
     LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rows that fit one block, ROWS of them to a program: one read of scores and labels, one write of the gradient."""
-    inputs = Inputs(
+    tile = tile_of_program(inner, classes, 1, ROWS, BLOCK)
+    row = Row(
         Strided(scores, stride_so, stride_si, stride_sc),
         Strided(labels, stride_lo, stride_li, stride_lc),
         Strided(mask, stride_mo, stride_mi, stride_mc),
+        tile.o,
+        tile.i,
     )
-    groups = tl.cdiv(inner, ROWS)
-    o = (tl.program_id(0) // groups).to(tl.int64)
-    i = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    i = tl.minimum(i, inner - 1).to(tl.int64)  # past the last row that one again: no cell needs a mask for its row
-    col = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    inside = col < classes
-    cells = load_cells(row_at(inputs, o, i), col, inside, LABELS)  # [ROWS, BLOCK]
-    m = column(pivots(cells, 1))  # [ROWS, 1]
-    e = exponentials(cells, m)  # [ROWS, BLOCK]
+    cells = load_cells(row, tile.col, classes, LABELS)  # [ROWS, BLOCK]
+    m = column(pivots(cells, 1, LABELS))  # [ROWS, 1]
+    e = exponentials(cells, m, LABELS)  # [ROWS, BLOCK]
     l = log_sums(m, column(sums(e, 1)))  # [ROWS, 1]
-    row = o * inner + i
-    tl.store(loss + row, total_loss(l))
+    tl.store(loss + tile.row, total_loss(l))
     if WITH_GRAD:
         g = gradient(e, shares(l, grad_scale))
-        tl.store(grad + row * classes + col, g.to(grad.dtype.element_ty), mask=inside)
+        tl.store(grad + tile.row * classes + tile.col, g.to(grad.dtype.element_ty), mask=tile.inside)
 
 
 @triton.jit
@@ -311,13 +295,14 @@ def zlpr_sweep_kernel(
     LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A long row to a program: log-sums in a first sweep, gradient in a second, which finds the row in cache."""
-    inputs = Inputs(
+    o, i = row_of_program(inner)
+    row = Row(
         Strided(scores, stride_so, stride_si, stride_sc),
         Strided(labels, stride_lo, stride_li, stride_lc),
         Strided(mask, stride_mo, stride_mi, stride_mc),
+        o,
+        i,
     )
-    o, i = row_of_program(inner)
-    row = row_at(inputs, o, i)
     m, S = sweep_log_sums(row, 0, classes, LABELS, BLOCK)
     l = log_sums(m, S)
     tl.store(loss + o * inner + i, total_loss(l))
@@ -334,14 +319,16 @@ def zlpr_partial_kernel(
     LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk of a long row to a program: its m_n, S_n, m_p, S_p go to partials [rows, splits, 4]."""
-    inputs = Inputs(
+    o, i = row_of_program(inner)
+    row = Row(
         Strided(scores, stride_so, stride_si, stride_sc),
         Strided(labels, stride_lo, stride_li, stride_lc),
         Strided(mask, stride_mo, stride_mi, stride_mc),
+        o,
+        i,
     )
-    o, i = row_of_program(inner)
     start = tl.program_id(1) * chunk
-    m, S = sweep_log_sums(row_at(inputs, o, i), start, tl.minimum(start + chunk, classes), LABELS, BLOCK)
+    m, S = sweep_log_sums(row, start, tl.minimum(start + chunk, classes), LABELS, BLOCK)
     partials += ((o * inner + i) * tl.num_programs(1) + tl.program_id(1)) * 4
     tl.store(partials, m.n)
     tl.store(partials + 1, S.n)
@@ -367,12 +354,14 @@ def zlpr_merge_kernel(
     LABELS: tl.constexpr, WITH_GRAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each program merges its row's partials; the first stores the loss, each writes the gradient of its chunk."""
-    inputs = Inputs(
+    o, i = row_of_program(inner)
+    row = Row(
         Strided(scores, stride_so, stride_si, stride_sc),
         Strided(labels, stride_lo, stride_li, stride_lc),
         Strided(mask, stride_mo, stride_mi, stride_mc),
+        o,
+        i,
     )
-    o, i = row_of_program(inner)
     partials += (o * inner + i) * splits * 4
     m_n, S_n = merge_partials(partials, splits, SPLITS)
     m_p, S_p = merge_partials(partials + 2, splits, SPLITS)
@@ -383,7 +372,7 @@ def zlpr_merge_kernel(
     if WITH_GRAD:
         start = tl.program_id(1) * chunk
         columns = Columns(grad + (o * inner + i) * classes, start, tl.minimum(start + chunk, classes))
-        sweep_gradient(row_at(inputs, o, i), columns, m, shares(l, grad_scale), LABELS, BLOCK)
+        sweep_gradient(row, columns, m, shares(l, grad_scale), LABELS, BLOCK)
 
 
 # --- launcher ------------------------------------------------------------------------------------------------------
@@ -398,7 +387,6 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-LONGEST_BLOCK = 8192
 SWEEP_BLOCK = 2048
 # Enough programs to fill the largest GPU of today several times over, without asking the driver how large this one is.
 ENOUGH_PROGRAMS = 2048
@@ -408,22 +396,17 @@ def plan(rows: int, classes: int, kind: str = "bool") -> Plan:
     """The launch parameters for a shape and a kind of labels, by rule.
 
     The more cells a thread has, the less of its work is what a row costs once, until they take too many registers: in
-    the longest block all but bool labels do. Where no 16 bytes divide a row each cell is a load, with a predicate.
+    the longest block soft and integer labels do. Where no 16 bytes divide a row each cell is a load of its own, and in
+    rows so short that several share a program has a predicate of its own, too.
     """
     if classes > LONGEST_BLOCK:
         blocks = -(-classes // SWEEP_BLOCK)
         return Plan(1, SWEEP_BLOCK, min(blocks, max(1, ENOUGH_PROGRAMS // max(1, rows))), 4)
-    block = max(16, power_of_2(classes))
+    cells = 64 if classes > LONGEST_BLOCK // 2 and kind in ("bool", "packed") else 32
     if classes % 16 != 0:
-        cells = 8 if block <= 128 or (kind, block) == ("packed", 2048) else 16  # which spills on sm_80
-    else:
-        cells = 64 if kind == "bool" and block == LONGEST_BLOCK else 32
-    return Plan(max(1, 32 * cells // block), block, 0, max(1, block // (32 * cells)))
-
-
-def power_of_2(n: int) -> int:
-    """The least that is not below n > 0."""
-    return 1 << (n - 1).bit_length()
+        cells = 8 if classes <= 64 else 32
+    together, block, num_warps = block_of(classes, cells)
+    return Plan(together, block, 0, num_warps)
 
 
 def label_kind(labels: torch.Tensor) -> str:
@@ -442,7 +425,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses [outer, inner] in float32, and ``grad_scale`` times their gradient in the scores' dtype, contiguous.
 
-    scores [outer, inner, classes]; labels the same, or int32 words of 32 classes each if ``labels_kind`` is "packed";
+    scores [outer, inner, classes]; labels the same, or bytes of 8 classes each, uint8, if ``labels_kind`` is "packed";
     mask bool, the same. Without ``with_grad`` the gradient is empty.
     """
     outer, inner, classes = scores.shape
@@ -454,18 +437,18 @@ def forward(
     kind = labels_kind or label_kind(labels)
     labels = labels.view(torch.uint8) if kind == "bool" else labels
     mask = None if mask is None else mask.view(torch.uint8)
-    strides = (*scores.stride(), *labels.stride(), *((0, 0, 0) if mask is None else mask.stride()))
+    of_inputs = strides(scores, labels, mask)
     together, block, splits, num_warps = plan(rows, classes, kind)
     constants = {"LABELS": kind, "BLOCK": block, "num_warps": num_warps}
     with torch.cuda.device_of(scores):
         if splits == 0:
             zlpr_block_kernel[(outer * -(-inner // together),)](
-                scores, labels, mask, loss, grad, inner, classes, grad_scale, *strides,
+                scores, labels, mask, loss, grad, inner, classes, grad_scale, *of_inputs,
                 WITH_GRAD=with_grad, ROWS=together, **constants,
             )  # fmt: skip
         elif splits == 1:
             zlpr_sweep_kernel[(rows,)](
-                scores, labels, mask, loss, grad, inner, classes, grad_scale, *strides,
+                scores, labels, mask, loss, grad, inner, classes, grad_scale, *of_inputs,
                 WITH_GRAD=with_grad, **constants,
             )  # fmt: skip
         else:
@@ -473,10 +456,10 @@ def forward(
             splits = -(-classes // chunk)
             partials = torch.empty((rows, splits, 4), dtype=torch.float32, device=scores.device)
             zlpr_partial_kernel[(rows, splits)](
-                scores, labels, mask, partials, inner, classes, chunk, *strides, **constants
+                scores, labels, mask, partials, inner, classes, chunk, *of_inputs, **constants
             )
             zlpr_merge_kernel[(rows, splits if with_grad else 1)](
-                scores, labels, mask, partials, loss, grad, inner, classes, chunk, splits, grad_scale, *strides,
-                WITH_GRAD=with_grad, SPLITS=power_of_2(splits), **constants,
+                scores, labels, mask, partials, loss, grad, inner, classes, chunk, splits, grad_scale, *of_inputs,
+                WITH_GRAD=with_grad, SPLITS=power_of_two(splits), **constants,
             )  # fmt: skip
     return loss, grad

@@ -1,7 +1,7 @@
-"""``python -m tests``: the whole suite, in two processes, for Triton either compiles or interprets in one process.
+"""``python -m tests``: the whole suite, in three processes, for Triton either compiles or interprets in one process.
 
-The interpreting one runs beside the other and prints when that is done. Arguments go to both pytest runs.
-``python -m tests --triton 3.6.0 3.8.0`` runs the compile-only tests instead, on each of these versions of Triton,
+Compiling for chips takes as long as the rest: it runs beside that, and prints when that is done. Arguments go to all
+pytest runs. ``python -m tests --triton 3.6.0 3.8.0`` compiles for chips on each of these versions of Triton instead,
 downloaded beside the installed one.
 """
 
@@ -26,18 +26,20 @@ def start(*arguments: str, stdout: IO[bytes] | None = None, **environment: str) 
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=stdout, stderr=stdout)
 
 
-def both_processes(arguments: list[str]) -> int:
+def all_processes(arguments: list[str]) -> int:
     # Half of the cores each: a parallel loop waits long for a thread whose core another process has.
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     with TemporaryFile() as output:
-        interpreting = start(*arguments, stdout=output, TRITON_INTERPRET="1", OMP_NUM_THREADS=threads)
+        chips = start(*arguments, stdout=output, TESTED="chips", TRITON_INTERPRET="0", OMP_NUM_THREADS=threads)
         try:
-            compiling = start(*arguments, TRITON_INTERPRET="0", OMP_NUM_THREADS=threads)
-            codes = [compiling.wait(), interpreting.wait()]
+            rest = start(*arguments, TESTED="rest", TRITON_INTERPRET="0", OMP_NUM_THREADS=threads).wait()
+            print("\nWith Triton's interpreter", flush=True)
+            interpreted = start(*arguments, TESTED="rest", TRITON_INTERPRET="1", OMP_NUM_THREADS=threads).wait()
+            codes = [rest, interpreted, chips.wait()]
         finally:
-            interpreting.kill()
+            chips.kill()
         output.seek(0)
-        print("\nWith Triton's interpreter", flush=True)
+        print("\nCompiled for chips", flush=True)
         shutil.copyfileobj(output, sys.stdout.buffer)
         sys.stdout.flush()
     if all(code == NOTHING_SELECTED for code in codes):
@@ -62,4 +64,4 @@ def compile_only(versions: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--triton"]:
         sys.exit(compile_only(sys.argv[2:] or list(TRITONS)))
-    sys.exit(both_processes(sys.argv[1:]))
+    sys.exit(all_processes(sys.argv[1:]))

@@ -73,6 +73,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, deselected = [], []
     for item in items:
         wanted = not INTERPRETED or "place" in getattr(item, "fixturenames", ())
+        if "TESTED" in os.environ:  # by one of the processes of python -m tests
+            for_chips = item.get_closest_marker("compiled") is not None
+            wanted = wanted and for_chips == (os.environ["TESTED"] == "chips")
         (kept if wanted else deselected).append(item)
         if item.get_closest_marker("gpu") and not CUDA:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from itertools import product
 
@@ -16,7 +17,6 @@ from flashpointer.kernels import (  # noqa: E402
     pointer_decode,
     pointer_loss,
     pointer_scores,
-    rotate,
     scale_rows,
     sparse_zlpr_loss,
     workspace,
@@ -112,12 +112,23 @@ def test_the_row_kernel_moves_16_bytes_at_a_time(chip: str, block: int) -> None:
 
 @on_every_chip
 @pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("classes", [28, 64, 128, 256, 512, 1024, 20000])
+@pytest.mark.parametrize("classes", [*BLOCKS, 27, 983, 8191, 20000])  # each block; odd rows; chunks
 def test_zlpr_kl_div(chip: str, classes: int, scores_dtype: torch.dtype) -> None:
     scores, other = torch.empty(2, 1, 64, classes, dtype=scores_dtype)
     mask = torch.empty(scores.shape, dtype=torch.bool)
     compile_for(chip, lambda: zlpr_kl_div.forward(scores, other, mask))
     compile_for(chip, lambda: zlpr_kl_div.backward(scores, other, mask, torch.empty(64), 1.0, True, True))
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+def test_one_upstream_gradient_makes_one_long_row(chip: str) -> None:
+    """Of rows of odd length too, whose own cells would each be a load of their own."""
+    scores, other = torch.empty(2, 1, 64, 983, dtype=torch.bfloat16)
+    upstream = torch.empty(()).expand(64)
+    (kernel,) = compile_for(chip, lambda: zlpr_kl_div.backward(scores, other, None, upstream, 1.0, True, True))
+    assert kernel.count(r"LDG\.E\S*\.128") >= 2
+    assert kernel.count(r"STG\.E\S*\.128") >= 2
+    assert kernel.count(r"(LD|ST)G\.E\S*\.U16") == 0
 
 
 @on_every_chip
@@ -128,38 +139,29 @@ def test_scale_rows(chip: str, scores_dtype: torch.dtype) -> None:
         compile_for(chip, lambda u=upstream: scale_rows.scale_(grad, u, 1.0))
 
 
-@on_every_chip
-@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("rope", [True, False], ids=["rope", "copy"])
-@pytest.mark.parametrize("head_size", [16, 64, 256])
-def test_rotate(chip: str, head_size: int, rope: bool, scores_dtype: torch.dtype) -> None:
-    q, k = torch.empty(2, 2, 9, 128, head_size, dtype=scores_dtype)
-    mask, positions = torch.empty(2, 128, dtype=torch.bool), torch.empty(2, 128, dtype=torch.int64)
-    compile_for(chip, lambda: rotate.rotate(q, k, mask, positions, rope))
-    compile_for(chip, lambda: rotate.rotate_back_(q, k, None))
-
-
 MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bH?G?MMA|\bHMMA", "sm_100": r"\bUTC\w*MMA|\bHMMA", "gfx942": r"\bv_mfma"}
 
 
 @on_every_chip
 @pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("head_size", [16, 20, 64, 256])
+@pytest.mark.parametrize("head_size, length", [(16, 128), (20, 130), (64, 128), (64, 130), (128, 128), (256, 128)])
 def test_pointer_scores(
-    chip: str, head_size: int, shared: bool, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    chip: str, head_size: int, length: int, shared: bool, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows of 16 bytes, and others."""
     monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
-    q, k = torch.empty(2, 2, 1 if shared else 9, 128, head_size, dtype=scores_dtype)
-    start, end = torch.empty(2, 2, 9, 128, dtype=scores_dtype)
-    problem = Problem(torch.empty(2, 128, dtype=torch.bool), None, True, True, 30, 0.125)
-    _, kernel = compile_for(chip, lambda: pointer_scores.forward(q, k, start, end, 9, problem))
-    assert kernel.count(MATRIX[chip]) > 0
-    grad = torch.empty(2, 9, 128, 128, dtype=scores_dtype)
-    compiled = compile_for(chip, lambda: pointer_scores.backward(grad, q, k, True, True, problem))
-    sweeps = [kernel for kernel in compiled if kernel.name == "pointer_sweep_kernel"]
-    assert len(sweeps) == 2
-    assert all(sweep.count(MATRIX[chip]) > 0 for sweep in sweeps)
+    q, k = torch.empty(2, 2, 1 if shared else 9, length, head_size, dtype=scores_dtype)
+    start, end = torch.empty(2, 2, 9, length, dtype=scores_dtype)
+    positions = torch.empty(2, length, dtype=torch.int64) if shared else None
+    problem = Problem(torch.empty(2, length, dtype=torch.bool), positions, head_size != 128, True, 30, 0.125)
+    turn, scores = compile_for(chip, lambda: pointer_scores.forward(q, k, start, end, 9, problem))
+    assert [turn.name, scores.name] == ["turn_kernel", "scores_kernel"]
+    assert scores.count(MATRIX[chip]) > 0
+    grad = torch.empty(2, 9, length, length, dtype=scores_dtype)
+    _, *sums, sweep = compile_for(chip, lambda: pointer_scores.backward(grad, q, k, True, True, problem))
+    assert [kernel.name for kernel in (*sums, sweep)] == ["sum_kernel"] * shared + ["sweep_kernel"]
+    assert sweep.count(MATRIX[chip]) > 0
 
 
 # Head sizes and heads that share q and k (1: none do) for each plan that plan() can pick.
@@ -188,7 +190,7 @@ def test_pointer_loss(
     chip: str, head_size: int, heads: int, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five launches from the inputs to all gradients; matrix instructions in both sweeps and for direct rows. Of an odd
-    number of heads with padded spans."""
+    number of heads with padded spans. Longer sentences have longer blocks of tokens, and the same sweeps."""
     monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
     own_heads, heads = (9, 9) if heads == 1 else (1, heads)
     q, k = torch.empty(2, 2, own_heads, 128, head_size, dtype=scores_dtype)
@@ -206,21 +208,43 @@ def test_pointer_loss(
     names = [kernel.name.removesuffix("_kernel") for kernel in kernels]
     assert names == ["prepare", "sweep", "combine", "sweep_back", "turn_back"]
     assert all(kernel.count(MATRIX[chip]) > 0 for kernel in kernels[1:])
+    q, k = torch.empty(2, 2, own_heads, 512, head_size, dtype=scores_dtype)
+    start, end = torch.empty(2, 2, heads, 512, dtype=scores_dtype)
+    problem = problem._replace(mask=torch.empty(2, 512, dtype=torch.bool))
+    compile_for(chip, lambda: pointer_loss.forward(q, k, start, end, spans, labels, heads, problem))
+
+
+# Head sizes and dtypes for each plan that plan() can pick.
+DECODES = [(size, dtype) for dtype in (torch.bfloat16, torch.float32) for size in (16, 64, 128, 256)]
+# A product that is contracted with a sum.
+FUSED = {chip: r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f32" if chip == "gfx942" else r"\bFFMA" for chip in CHIPS}
+
+
+def test_the_decodes_reach_every_plan() -> None:
+    def plans(decodes: Iterable[tuple[int, torch.dtype]], heads: Iterable[int]) -> set[pointer_decode.Plan]:
+        chosen = (pointer_decode.plan(size, h, dtype) for h in heads for size, dtype in decodes)
+        return {plan._replace(chunk=0) if plan.block == 64 else plan for plan in chosen}
+
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    possible = plans(list(product((16, 64, 128, 256), dtypes)), range(1, 1000))
+    assert possible == plans(DECODES, (1, 9))
 
 
 @on_every_chip
-@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_size, scores_dtype", DECODES, ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("head_size", [16, 64, 256])
 def test_pointer_decode(
     chip: str, head_size: int, shared: bool, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sweep that counts and the one that writes are one and the same, or they might not find the same."""
+    """Counting and writing must find the same: they multiply by the same instructions, and contract nothing."""
     monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
-    monkeypatch.setattr(torch, "zeros", torch.ones)  # for cursors: nothing runs here, and something must be found
     q, k = torch.empty(2, 2, 1 if shared else 9, 128, head_size, dtype=scores_dtype)
     start, end = torch.empty(2, 2, 9, 128, dtype=scores_dtype)
-    problem = Problem(torch.empty(2, 128, dtype=torch.bool), None, True, True, 30, 0.125)
-    _, counts, writes = compile_for(chip, lambda: pointer_decode.decode(q, k, start, end, 9, problem, 0.0, 7))
-    assert counts.assembly == writes.assembly
-    assert counts.count(MATRIX[chip]) > 0
+    band = 30 if shared else None  # without triangle and band nothing stands between product and sum
+    problem = Problem(torch.empty(2, 128, dtype=torch.bool), None, True, shared, band, 0.123)
+    # Nothing runs here, and the counts are what fills new memory: something is there to write.
+    compiled = compile_for(chip, lambda: pointer_decode.decode(q, k, start, end, 9, problem, 0.0, 7))
+    assert [kernel.name for kernel in compiled] == ["prepare_kernel", "count_kernel", "write_kernel"]
+    counting, writing = (sorted(re.findall(MATRIX[chip] + r"\S*", kernel.assembly)) for kernel in compiled[1:])
+    assert counting == writing != []
+    assert [kernel.count(FUSED[chip]) for kernel in compiled[1:]] == [0, 0]

@@ -333,6 +333,29 @@ def test_a_quantized_head(kind: str) -> None:
     assert spans.tolist() == (quantized(inputs["hidden"], inputs["mask"]) > 0).nonzero().tolist()
 
 
+@every_head
+def test_scripting_is_refused_in_one_sentence(kind: str) -> None:
+    """Also where the head is a part of what is scripted."""
+    head = make(kind)
+    sentence = f"{type(head).__name__}: torch.jit.script takes no head, whose ops are Python; torch.export does"
+    for module in (head, torch.nn.Sequential(head)):
+        with warnings.catch_warnings(), pytest.raises(RuntimeError) as refusal:
+            warnings.simplefilter("ignore")  # newer versions warn of TorchScript itself
+            torch.jit.script(module)
+        assert str(refusal.value) == sentence
+
+
+@every_head
+def test_traced_scores(kind: str) -> None:
+    """At another shape than that of the trace."""
+    head = make(kind).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(head, (torch.randn(2, 7, HIDDEN), torch.ones(2, 7, dtype=torch.int64)))
+        hidden, mask = torch.randn(3, 12, HIDDEN), (torch.rand(3, 12) < 0.7).long()
+        torch.testing.assert_close(traced(hidden, mask), head(hidden, mask))
+
+
 def _flattened_step(rank: int) -> None:
     """FSDP1 by its defaults keeps one flat parameter and leaves the layers tensors that are none."""
     from torch.distributed.fsdp import FullyShardedDataParallel

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -111,6 +113,124 @@ def test_extreme_biases(place: Place) -> None:
     inputs = tensors((2, 3, 40, 16), True, torch.float32, place.device)
     inputs["start"][:, 0], inputs["end"][:, 1], inputs["start"][:, 2, ::3] = 1000.0, -1000.0, -torch.inf
     agree(inputs)
+
+
+def exact_numbers(
+    shape: tuple[int, int, int, int], shared: bool, dtype: torch.dtype, device: str
+) -> dict[str, torch.Tensor]:
+    """Whole numbers, of which no score is rounded."""
+    inputs = {name: (2 * x).round() for name, x in tensors(shape, shared, torch.float32, device).items()}
+    return {**{name: x.to(dtype) for name, x in inputs.items()}, "rope": False, "scale": 1.0}  # type: ignore[dict-item]
+
+
+def agree_exactly(inputs: dict[str, Any], threshold: float = 0.0) -> None:
+    exact = truth(inputs)
+    spans, scores = fp.pointer_decode(**inputs, threshold=threshold)
+    assert torch.equal(spans, (exact > threshold).nonzero())
+    assert torch.equal(scores, exact[exact > threshold].to(scores.dtype))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("options", [{}, {"tril_mask": False, "max_width": 66}], ids=str)
+def test_a_score_that_equals_the_threshold_is_not_above(
+    place: Place, dtype: torch.dtype, shared: bool, options: dict[str, Any]
+) -> None:
+    inputs = {**exact_numbers((1, 2, 70, 8), shared, dtype, place.device), **options}
+    for threshold in (10.0, 20.0):
+        assert (truth(inputs) == threshold).any()
+        agree_exactly(inputs, threshold)
+
+
+def test_bounds_touch_the_best_score(place: Place) -> None:
+    """The best cell of each tile is of its largest product, start and end, so that its score is the bound itself, once
+    above the threshold by the last digit of float32 and once equal to it."""
+    length = 110
+    q = torch.zeros(1, length, 8, device=place.device)
+    q[0, :, 0] = 0.1 + (torch.arange(length, device=place.device) % 64 == 40)
+    start, end = (torch.full((1, 2, length), x, device=place.device) for x in (-0.3, 0.7))
+    inputs = {"q": q, "k": q, "start": start, "end": end, "rope": False, "scale": 0.37, "tril_mask": False}
+    best = fp.pointer_decode(**inputs, threshold=0.7)[1].max()
+    below = torch.nextafter(best, best - 1).item()
+    spans, _ = fp.pointer_decode(**inputs, threshold=below)
+    of_one = [m for m in range(length) if m % 64 == 40]
+    assert spans.tolist() == [[0, h, m, n] for h in (0, 1) for m in of_one for n in of_one]
+    assert len(fp.pointer_decode(**inputs, threshold=best.item())[0]) == 0
+
+
+@pytest.mark.parametrize("bias", [1e4, -1e4])
+def test_every_tile_or_none(place: Place, dtype: torch.dtype, bias: float) -> None:
+    """Full rows, of several tiles, in several blocks of heads; and the same with one cell of one head alone."""
+    inputs = exact_numbers((1, 2, 140, 8), True, dtype, place.device)
+    inputs["start"] = torch.full_like(inputs["start"], bias)
+    agree_exactly(inputs)
+    inputs["end"] = torch.full_like(inputs["end"], -bias)
+    inputs["start"][0, 1, 100] = inputs["end"][0, 1, 131] = abs(bias)
+    agree_exactly(inputs, 100.0)
+
+
+def test_one_span_of_each_of_many_heads(place: Place) -> None:
+    """More heads than a program counts, each with a tile that is for it alone."""
+    heads, length = 70, 3
+    inputs = exact_numbers((1, heads, length, 4), True, torch.float32, place.device)
+    inputs["start"] = torch.full_like(inputs["start"], -100.0)
+    h = torch.arange(heads, device=place.device)
+    inputs["start"][0, h, h % 3] = 100.0
+    agree_exactly({**inputs, "max_width": 1}, 20.0)
+    assert len(fp.pointer_decode(**inputs, max_width=1, threshold=20.0)[0]) == heads
+
+
+def test_one_kept_token_in_a_tile(place: Place) -> None:
+    """After a tile that is dropped whole; what a dropped token holds must not even loosen a bound."""
+    inputs = exact_numbers((2, 2, 200, 8), True, torch.float32, place.device)
+    mask = torch.zeros(2, 200, dtype=torch.bool, device=place.device)
+    mask[0, [70, 130]] = mask[1, 199] = True
+    for name in ("start", "end"):
+        inputs[name] = inputs[name].masked_fill(~mask[:, None], 1e4)
+    for options in ({}, {"tril_mask": False, "max_width": 61}):
+        agree_exactly({**inputs, "mask": mask, **options}, -5.0)
+
+
+def test_padding_is_not_visited(place: Place) -> None:
+    """A batch padded to 192 tokens whose sentences have 64 computes the tiles of 64."""
+    if place.backend != "triton" or place.device == "cuda":
+        pytest.skip("kernels are counted where they are interpreted")
+    kernels = importlib.import_module("flashpointer.kernels.pointer_decode")
+    counts = []
+    for length in (64, 192):
+        inputs = tensors((1, 2, length, 16), True, torch.float32, place.device)
+        mask = torch.arange(length)[None] < 64
+        with patch.object(kernels, "keep_valid", wraps=kernels.keep_valid) as visited:
+            fp.pointer_decode(**inputs, mask=mask, tril_mask=False)
+        counts.append(visited.call_count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_rows_without_a_span_are_not_written(place: Place) -> None:
+    """The second sweep computes the rows of heads with a span, and of these what max_spans leaves."""
+    if place.backend != "triton" or place.device == "cuda":
+        pytest.skip("kernels are counted where they are interpreted")
+    kernels = importlib.import_module("flashpointer.kernels.pointer_decode")
+    inputs = exact_numbers((2, 3, 128, 8), True, torch.float32, place.device)
+    inputs["start"] = torch.full_like(inputs["start"], -1e3)
+    inputs["start"][0, 1, 5] = inputs["start"][1, 2, 100] = 1e3
+    counts = []
+    for options in ({}, {"max_spans": 3}):
+        written = patch.object(kernels, "write_rows", wraps=kernels.write_rows)
+        with written as written, warnings.catch_warnings(action="ignore"):
+            fp.pointer_decode(**inputs, **options)
+        counts.append(written.call_count)
+    assert counts == [2, 1]
+
+
+@pytest.mark.parametrize("max_spans", [1, 60, 64, 65, 200])
+def test_max_spans_within_a_row_and_a_tile(place: Place, max_spans: int) -> None:
+    inputs = exact_numbers((1, 2, 70, 4), True, torch.float32, place.device)
+    inputs["start"] = torch.full_like(inputs["start"], 1e3)
+    exact = truth(inputs)
+    with pytest.warns(UserWarning, match=f"{(exact > 0).sum():,} spans"):
+        spans, scores = fp.pointer_decode(**inputs, max_spans=max_spans)
+    assert torch.equal(spans, (exact > 0).nonzero()[:max_spans])
+    assert torch.equal(scores.double(), exact[exact > 0][:max_spans])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8)], ids=str)

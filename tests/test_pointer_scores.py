@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -155,6 +157,23 @@ def test_padding_holds_anything(place: Place, garbage: float) -> None:
         values[name] = x.masked_fill(~mask.unsqueeze(-1 if name in "qk" else 1), garbage)
     for x, y in zip(evaluate({**values, "mask": mask}, upstream), clean, strict=True):
         assert relative_error(x, y) < 1e-6
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_backward_does_not_visit_padding(place: Place, shared: bool) -> None:
+    """A batch padded to 192 tokens whose sentences have 64 reads the tiles of 64, and below the triangle none."""
+    if place.backend != "triton" or place.device == "cuda":
+        pytest.skip("kernels are counted where they are interpreted")
+    kernels = importlib.import_module("flashpointer.kernels.pointer_scores")
+    name = "sum_heads" if shared else "load_tile"
+    counts = []
+    for length in (64, 192):
+        inputs = tensors((1, 2, length, 4), shared, torch.float32, place.device)
+        mask = torch.arange(length)[None] < 64
+        with patch.object(kernels, name, wraps=getattr(kernels, name)) as visited:
+            evaluate({**inputs, "mask": mask})
+        counts.append(visited.call_count)
+    assert counts[0] == counts[1] == (3 if shared else 12)  # of 2 x 2; for 2 heads along rows and columns
 
 
 def test_strides(place: Place) -> None:

@@ -81,6 +81,30 @@ def test_invalid_in_both_is_left_out(place: Place) -> None:
     assert fp.zlpr_kl_div(scores, other, reduction="none").isinf().tolist() == [True, False, False]
 
 
+def test_close_and_saturated_sigmoids_do_not_cancel(place: Place) -> None:
+    """In the kernels, cell by cell, where eager's difference of two sigmoids loses digits or all of it."""
+    s, d = torch.cartesian_prod(torch.linspace(-60, 60, 25), torch.tensor([1e-4, 0.1, 0.24, 0.26, 1.0, 40.0])).unbind(1)
+    scores, other = (x.to(place.device).view(-1, 1) for x in (s, s - d))
+    ours = run(fp.zlpr_kl_div, {"scores": scores, "other": other, "reduction": "none"}, ("scores", "other"))
+    high, low = scores.double(), other.double()
+    gap = high.sigmoid() * (-low).sigmoid() * -torch.expm1(low - high)
+    by_high, by_low = (x.sigmoid() * (-x).sigmoid() * (high - low) + gap for x in (high, low))
+    for x, exact in zip(ours, ((gap * (high - low)).squeeze(1), by_high, -by_low), strict=True):
+        error = ((x.double() - exact) / exact).abs().max()
+        assert error < 1e-6 if place.backend == "triton" else error <= 1.0
+
+
+def test_one_infinite_score(place: Place) -> None:
+    """It is infinitely far from a finite one, whose gradient is infinite too; its own is NaN, as in eager PyTorch."""
+    scores, other = torch.randn(2, 4, 50, device=place.device)
+    scores[0, 3], scores[1, 7], other[2, 9], other[3, 11] = -torch.inf, torch.inf, -torch.inf, torch.inf
+    inputs = {"scores": scores, "other": other, "reduction": "none"}
+    agree(inputs)
+    loss, *grads = run(fp.zlpr_kl_div, inputs, ("scores", "other"))
+    assert loss.isinf().all()
+    assert [(~g.isfinite()).sum().item() for g in grads] == [4, 4]
+
+
 def test_strides(place: Place) -> None:
     base = torch.randn(2, 50, 3, 2, device=place.device)
     scores, other = base[0].permute(2, 1, 0), base[1, :, :, :1].permute(2, 1, 0).expand(2, 3, 50)

@@ -149,6 +149,11 @@ class _PointerHead(torch.nn.Module):
             f"tril_mask={self.tril_mask}, max_width={self.max_width}"
         )
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:  # a hook of torch.jit.script
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script takes no head, whose ops are Python; torch.export does"
+        )
+
     def _arguments(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from .. import backends, reference
 from ..problem import Problem
-from ..spans.padded import pad
+from ..spans.padded import pad, pad_in_order
 from . import _checks, _pointer, _register
 
 OP = "pointer_decode"
@@ -42,8 +42,9 @@ def pointer_decode(
     The scores are not stored, and few are computed: where a bound shows that a block of cells of a head has nothing
     above the threshold, it is skipped. Memory is linear in the length of a sentence and in the number of spans. On a
     GPU it waits for the device, to learn how many there are, and ``torch.compile`` breaks its graph for that: once, and
-    once more for each option behind max_width that is not the default. A graph of ``torch.export`` holds it as one op.
-    On the meta device it finds nothing.
+    once more for each option behind max_width that is not the default. A graph of ``torch.export`` holds it as one op;
+    under the reference backend and without non_overlapping, non_crossing and one_label, as PyTorch's own ops on stored
+    scores, which ONNX has too. On the meta device it finds nothing.
 
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
@@ -89,6 +90,11 @@ def pointer_decode(
     options: tuple[Any, ...] = (thresholds, top_k, *choice.values(), max_spans, padded, backend)
     if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # torch.export traces
         q, k, start, end = (None if x is None else x.detach() for x in (q, k, start, end))  # type: ignore[assignment]
+        if backend == "reference" and not any(choice.values()):  # PyTorch's own ops alone, which ONNX has too
+            return _decode(q, k, start, end, problem, heads, *options)
+        if torch.onnx.is_in_onnx_export():
+            takes = f"flashpointer.use_backend('reference') and none of {', '.join(choice)}"
+            raise RuntimeError(f"{OP}: torch.onnx.export takes {takes}")
         spans, scores = _op(q, k, start, end, *problem, heads, *options)
         return spans, scores
     # A graph breaks here, for how many spans there are is not known before. A decorator would import the compiler.
@@ -119,7 +125,8 @@ def _decode(
     problem = problem._replace(mask=_pointer.kept_tokens(OP, problem.mask, look=True))
     with _checks.without_autocast(q):
         cells, scores, count = _cells(q, k, start, end, problem, heads, threshold, max_spans, top_k, backend)
-    if count > len(cells):
+    traced = torch.compiler.is_compiling()  # how many there are is then a symbol
+    if not traced and count > len(cells):
         above = f"the threshold {threshold[0]:g}" if len(threshold) == 1 else "the thresholds of their heads"
         warnings.warn(
             f"{OP}: {count:,} spans are above {above}; the first {max_spans:,} are returned, as "
@@ -129,10 +136,14 @@ def _decode(
     length = max(1, q.shape[-2])
     row = cells // length
     plane = row // length
-    spans = torch.stack([plane // heads, plane % heads, row % length, cells % length], dim=1)
+    sentence = plane // heads
+    # No remainders: in ONNX a symbol divides, and leaves none.
+    spans = torch.stack([sentence, plane - sentence * heads, row - plane * length, cells - row * length], dim=1)
     spans, scores = choose(spans, scores, non_overlapping, non_crossing, one_label)
     scores = scores.to(q.dtype)
-    return pad(spans, len(q), scores) if padded else (spans, scores)
+    if not padded:
+        return spans, scores
+    return (pad_in_order if traced else pad)(spans, q.shape[0], scores)
 
 
 def _cells(

@@ -49,13 +49,25 @@ def pad(
         wrong = first if first < 0 else last
         raise ValueError(f"{op}: spans takes rows of sentences 0 to {batch - 1}; got one of sentence {wrong}")
     shape = (batch, most + 1)
-    padded = spans.new_full((*shape, 3), PADDING)
-    padded[of, rank] = spans[order, 1:]
-    if values is None:
-        return padded
-    of_spans = values.new_full(shape, PADDING)
-    of_spans[of, rank] = values[order]
-    return padded, of_spans
+    padded = _placed(spans[order, 1:], of, rank, shape)
+    return padded if values is None else (padded, _placed(values[order], of, rank, shape))
+
+
+def pad_in_order(spans: torch.Tensor, batch: int, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``pad`` of spans sorted by sentence, for ``torch.export``: a graph without branches, in ops that ONNX has."""
+    of = spans[:, 0]
+    counts = torch.zeros(batch + 1, dtype=torch.int64, device=of.device).scatter_add(0, of, torch.ones_like(of))
+    rank = torch.arange(of.shape[0], device=of.device) - (counts.cumsum(0) - counts)[of]
+    most: int = counts.max().item()  # type: ignore[assignment]
+    shape = (batch, most)
+    return _placed(spans[:, 1:], of, rank, shape), _placed(values, of, rank, shape)
+
+
+def _placed(rows: torch.Tensor, of: torch.Tensor, rank: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Each row at (of, rank) of a padded ``[B, P, ...]``."""
+    padded = rows.new_full((*shape, *rows.shape[1:]), PADDING)
+    padded[of, rank] = rows
+    return padded
 
 
 @overload
