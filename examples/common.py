@@ -89,8 +89,7 @@ def parse(kind: type[Options], about: str, rate: float) -> tuple[Any, transforme
         parser.error(str(error))
     if (options.train is None) != (options.dev is None):
         parser.error("--train and --dev go together")
-    resumed = arguments.resume_from_checkpoint
-    if resumed and not (Path(resumed) / "trainer_state.json").exists():
+    if (resumed := arguments.resume_from_checkpoint) and not (Path(resumed) / "trainer_state.json").exists():
         parser.error(f"--resume_from_checkpoint: no checkpoint in {resumed}")
     if arguments.learning_rate is None:
         arguments.learning_rate = 5e-5 if options.encoder else rate
@@ -112,8 +111,8 @@ def encoder_of(name: str | None, texts: Iterable[Sequence[str]]) -> tuple[Any, n
     return tokenizer, encoder
 
 
-def fit(model: Any, options: Options, arguments: transformers.TrainingArguments, **parts: Any) -> dict[str, float]:
-    """Trains a model that holds its encoder as ``model.encoder``, saves it, and prints and gives its evaluation."""
+def fit(model: Any, options: Options, arguments: transformers.TrainingArguments, **parts: Any) -> None:
+    """Trains a model that holds its encoder as ``model.encoder``, saves it, and prints its evaluation."""
     others = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": model.encoder.parameters()}, {"params": others, "lr": options.head_learning_rate}]
     optimizer = torch.optim.AdamW(groups, arguments.learning_rate, weight_decay=arguments.weight_decay)
@@ -124,4 +123,3 @@ def fit(model: Any, options: Options, arguments: transformers.TrainingArguments,
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    return metrics

@@ -115,6 +115,52 @@ def labels(seed: int, train: int = 2000, dev: int = 500) -> tuple[list[Text], li
     return [text() for _ in range(train)], [text() for _ in range(dev)]
 
 
+# --- relations -----------------------------------------------------------------------------------------------------
+
+PREDICATES = ["born in", "works for", "founded", "located in"]
+# What stands in braces is an entity: a name, or of a capital letter a university, whose place, of the same letter in
+# lower case, is one too.
+SENTENCES = (
+    ("{a} , born in {b} , founded {c} .", (("a", "born in", "b"), ("a", "founded", "c"))),
+    ("{a} and {b} founded {c} in {d} .", (("a", "founded", "c"), ("b", "founded", "c"), ("c", "located in", "d"))),
+    ("{a} works for {b} , and {c} for {d} .", (("a", "works for", "b"), ("c", "works for", "d"))),
+    ("the {U} was founded by {a} .", (("a", "founded", "U"), ("U", "located in", "u"))),
+    ("{a} of {b} works for the {U} .", (("a", "born in", "b"), ("a", "works for", "U"), ("U", "located in", "u"))),
+    ("{a} never met {b} in {c} .", ()),
+    ("nobody works for {a} .", ()),
+)
+Span = tuple[int, int]
+Triple = tuple[Span, str, Span]
+
+
+class Relations(NamedTuple):
+    tokens: list[str]
+    triples: list[Triple]
+    """(subject, predicate, object), each of the entities (start, end) in words, end inclusive."""
+
+
+def relations(seed: int, train: int = 2000, dev: int = 300) -> tuple[list[Relations], list[Relations]]:
+    """Training and dev sentences with triples that share entities, whose names are not the same ones."""
+    rng = random.Random(seed)
+    names = _names(rng)
+    cut = len(names) * train // (train + dev)
+
+    def sentence(names: list[str]) -> Relations:
+        template, triples = rng.choice(SENTENCES)
+        tokens: list[str] = []
+        spans: dict[str, Span] = {}
+        for word in template.split():
+            start, slot = len(tokens), word.strip("{}")
+            tokens += [word] if slot == word else ["University", "of"] * slot.isupper()
+            if slot != word:
+                inner = len(tokens)
+                tokens += rng.choices(names, k=rng.randint(1, 2))
+                spans |= {slot.lower(): (inner, len(tokens) - 1), slot: (start, len(tokens) - 1)}
+        return Relations(tokens, [(spans[s], predicate, spans[o]) for s, predicate, o in triples])
+
+    return [sentence(names[:cut]) for _ in range(train)], [sentence(names[cut:]) for _ in range(dev)]
+
+
 # --- an encoder ----------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ import torch
 import transformers
 from common import InputError, Options, encoder_of, exit_status, fit, parse, read_json_lines
 from synthetic import Text, labels
-from torch import nn
+from torch import Tensor, nn
 
 import flashpointer as fp
 
@@ -30,7 +30,7 @@ import flashpointer as fp
 class ClassifierOptions(Options):
     loss: Literal["zlpr", "bce"] = field(default="zlpr", metadata={"help": "bce: binary cross entropy"})
     compare: bool = field(default=False, metadata={"help": "both losses, on one seed, into folders of their names"})
-    r_drop: float = field(default=0.0, metadata={"help": "two passes, drawn together by so much of their KL"})
+    r_drop: float = field(default=0.0, metadata={"help": "the alpha of R-Drop, arXiv:2106.14448: two passes"})
     smoothing: float = field(default=0.0, metadata={"help": "labels of smoothing / 2 and 1 - smoothing / 2"})
     mixup: float = field(default=0.0, metadata={"help": "texts and labels mixed by Beta(mixup)"})
     max_length: int = field(default=128, metadata={"help": "pieces kept of a text"})
@@ -45,29 +45,23 @@ def read(path: Path) -> list[Text]:
     return texts
 
 
-def bce_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def bce_loss(scores: Tensor, labels: Tensor) -> Tensor:
     """The sum over the labels, as ZLPR is one: else ``--r_drop`` would weigh more here than there."""
     return nn.functional.binary_cross_entropy_with_logits(scores.float(), labels, reduction="none").sum(-1).mean()
 
 
-LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"zlpr": fp.zlpr_loss, "bce": bce_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"zlpr": fp.zlpr_loss, "bce": bce_loss}
 
 
 class Classifier(nn.Module):
-    """The mean of an encoder's hidden states, and a linear layer: it gives the loss, and the scores.
-
-    R-Drop (arXiv:2106.14448) is two passes, which differ in their dropout, and r_drop / 4 of the symmetric divergence
-    between them beside the mean of their losses.
-    """
+    """The mean of an encoder's hidden states, and a linear layer: it gives the loss, and the scores."""
 
     def __init__(self, encoder: Any, types: int, options: ClassifierOptions) -> None:
         super().__init__()
         self.encoder, self.dropout, self.options = encoder, nn.Dropout(0.1), options
         self.linear = nn.Linear(encoder.config.hidden_size, types)
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         options, passes = self.options, 2 if self.options.r_drop and self.training else 1
         ids, mask = input_ids.repeat(passes, 1), attention_mask.repeat(passes, 1)
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -27,7 +27,7 @@ import torch
 import transformers
 from common import InputError, Options, encoder_of, exit_status, fit, parse, read_json_lines, read_lines
 from synthetic import Sentence, entities
-from torch import nn
+from torch import Tensor, nn
 
 import flashpointer as fp
 
@@ -41,8 +41,7 @@ class NerOptions(Options):
 
 def read(path: Path) -> list[Sentence]:
     """The sentences of a file."""
-    json_lines = {".jsonl", ".json"} & {Path(path.name.removesuffix(".gz")).suffix}
-    sentences = list(_read_json(path) if json_lines else _read_columns(path))
+    sentences = list((_read_json if re.search(r"\.jsonl?(\.gz)?$", path.name) else _read_columns)(path))
     if not sentences:
         raise InputError(f"{path}: no sentence")
     return sentences
@@ -50,8 +49,7 @@ def read(path: Path) -> list[Sentence]:
 
 def _read_json(path: Path) -> Iterator[Sentence]:
     for where, record in read_json_lines(path, tokens=list[str], spans=list):
-        length = len(record["tokens"])
-        if not length:
+        if not (length := len(record["tokens"])):
             raise InputError(f"{where}: 'tokens' is empty")
         for span in record["spans"]:
             typed = isinstance(span, list) and [type(x) for x in span] == [int, int, str] and span[2]
@@ -86,8 +84,7 @@ def _read_columns(path: Path) -> Iterator[Sentence]:
 
 
 def encode(tokenizer: Any, sentences: Sequence[Sentence], types: Sequence[str], max_length: int) -> tuple[Any, ...]:
-    """Sentences in windows of so many pieces: their encoding, of each window an example for ``fp.spans.collate``, and
-    the entities that no window holds."""
+    """Windows of so many pieces: their encoding, an example of each for ``collate``, and entities that none holds."""
     size = min(max_length, tokenizer.model_max_length)
     room = size - tokenizer.num_special_tokens_to_add()
     if room < 1:
@@ -113,16 +110,14 @@ class Tagger(nn.Module):
         self.encoder, self.dropout = encoder, nn.Dropout(0.1)
         self.head = HEADS[head](encoder.config.hidden_size, types)
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         hidden = self.dropout(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
         output = {} if labels is None else {"loss": self.loss(hidden, labels, attention_mask)}
         if not self.training:
             output["spans"] = self.head.decode(hidden, attention_mask, padded=True)[0]
         return output
 
-    def loss(self, hidden: torch.Tensor, spans: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def loss(self, hidden: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
         return self.head.loss(hidden, spans, mask)
 
 
@@ -136,11 +131,11 @@ def main() -> None:
     tokenizer, encoder = encoder_of(options.encoder, [sentence.tokens for sentence in train])
     _, examples, _ = encode(tokenizer, train, types, options.max_length)
     encoding, dev_examples, lost = encode(tokenizer, dev, types, options.max_length)
-    gold, f1 = fp.spans.from_lists([sentence.spans for sentence in dev], types), fp.metrics.SpanF1(types)
+    gold = fp.spans.from_lists([sentence.spans for sentence in dev], types)
     print(f"{len(train)} and {len(dev)} sentences; no window holds {len(lost)} of the {len(gold)} entities of dev")
 
     def metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
-        f1.reset()
+        f1 = fp.metrics.SpanF1(types)
         found = fp.spans.to_words(torch.as_tensor(prediction.predictions), encoding, types)
         f1.update(fp.spans.from_lists(found, types), gold)
         return f1.compute()

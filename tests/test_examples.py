@@ -21,8 +21,8 @@ for package in ("accelerate", "transformers"):
     pytest.importorskip(package, reason=f"the examples need {package}: pip install 'flashpointer[examples]'")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-PROGRAMS = ("common", "synthetic", "train_ner", "train_multilabel")
-common, synthetic, train_ner, train_multilabel = map(importlib.import_module, PROGRAMS)
+PROGRAMS = ("common", "synthetic", "train_ner", "train_multilabel", "train_relations")
+common, synthetic, train_ner, train_multilabel, train_relations = map(importlib.import_module, PROGRAMS)
 
 both_programs = pytest.mark.parametrize("program", [train_ner, train_multilabel], ids=lambda p: p.__name__)
 both_heads = pytest.mark.parametrize("head", ["efficient", "global"])
@@ -101,6 +101,15 @@ def test_the_classifier_learns(run: Run, tmp_path: Path, options: list[str]) -> 
     result = results_in(tmp_path / "out")
     assert result["eval_precision"] > 0.75  # to predict every label is right for one in five
     assert result["eval_recall"] > 0.1
+
+
+@pytest.mark.slow
+def test_the_linker_learns_relations(run: Run, tmp_path: Path) -> None:
+    done = run(train_relations)
+    assert done.status == 0, done.err
+    result = results_in(tmp_path / "out")
+    assert result["eval_f1"] > 0.95
+    assert min(result[f"eval_f1/{predicate}"] for predicate in synthetic.PREDICATES) > 0.9
 
 
 def check_losses(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
@@ -424,6 +433,54 @@ def test_errors_name_the_encoder(run: Run, tmp_path: Path, program: Any) -> None
     done = run(program, "--encoder", tmp_path)
     assert done.status == 2
     assert f"error: --encoder {tmp_path}: " in done.err.splitlines()[-1]
+
+
+# --- relations -----------------------------------------------------------------------------------------------------
+
+
+def test_triples_are_joined_again(hub_encoder: Path) -> None:
+    """All those of the corpus, in words of one piece and of several, from what a perfect model would find."""
+    train, dev = synthetic.relations(0)
+    assert synthetic.relations(0) == (train, dev) != synthetic.relations(1)
+    assert {kind for sentence in dev for _, kind, _ in sentence.triples} == set(synthetic.PREDICATES)
+    whole, _ = common.encoder_of(None, [sentence.tokens for sentence in train])
+    letters, _ = common.encoder_of(str(hub_encoder), [])
+    for tokenizer, sentences in ((whole, train[:50]), (letters, dev[:50])):
+        for sentence in sentences:
+            ids, triples = train_relations.in_pieces(tokenizer, sentence)
+            batch = fp.spans.collate([train_relations.example(ids, triples)], heads=train_relations.SETS)
+            assert train_relations.join(*(batch[name][0].tolist() for name in train_relations.SETS)) == set(triples)
+            assert len(triples) == len(sentence.triples)
+            for triple, (subject, _, _) in zip(triples, sentence.triples, strict=True):
+                text = tokenizer.decode(ids[triple[0][0] : triple[0][1] + 1]).replace(" ##", "").replace("##", "")
+                words = " ".join(sentence.tokens[subject[0] : subject[1] + 1])
+                assert "[UNK]" in text or text.lower() == words.lower()
+
+
+def test_a_triple_needs_both_entities_and_both_pairs() -> None:
+    rows = {"entities": [[0, 0, 1], [1, 3, 3]], "firsts": [[2, 0, 3]], "lasts": [[2, 1, 3]]}
+    padding = [-100, -100, -100]
+    found = train_relations.join(*([*listed, padding] for listed in rows.values()))
+    assert found == {((0, 1), synthetic.PREDICATES[2], (3, 3))}
+    for name, listed in rows.items():
+        for i in range(len(listed)):
+            fewer = {**rows, name: listed[:i] + listed[i + 1 :]}
+            assert train_relations.join(*fewer.values()) == set()
+    other = {**rows, "lasts": [[1, 1, 3]]}
+    assert train_relations.join(*other.values()) == set()
+
+
+def test_entities_of_triples_do_not_mix_as_numbers() -> None:
+    triples = [((a, a + 1), "founded", (b, b)) for a in range(3) for b in range(3)]
+    rows = train_relations.as_spans([triples, triples[:1]])
+    assert len(rows.unique(dim=0)) == 10
+    assert rows[:, :2].tolist() == [[0, 2]] * 9 + [[1, 2]]
+
+
+def test_relations_take_no_file(run: Run) -> None:
+    done = run(train_relations, "--train=a.jsonl", "--dev=a.jsonl")
+    assert done.status == 2
+    assert "error: --train: takes no file, as the corpus is made; got a.jsonl\n" in done.err
 
 
 # --- the classifier ------------------------------------------------------------------------------------------------
