@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+INTEGRATIONS = ROOT / "docs" / "integrations.md"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -25,13 +26,31 @@ def blocks_of(page: Path) -> list[Any]:
     return [compile("\n" * text.count("\n", 0, b.start(1)) + b[1], str(page), "exec") for b in blocks]
 
 
-@every_page
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != INTEGRATIONS], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, each block with what the ones before it have defined."""
     monkeypatch.chdir(ROOT)
     namespace: dict[str, Any] = {}
     for block in blocks_of(page):
         exec(block, namespace)
+
+
+LIBRARIES = ("transformers", "accelerate", "peft")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_integration_of_a_library_runs(library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After the first block, which they share."""
+    pytest.importorskip(library, reason=f"needs {library}: pip install 'flashpointer[integrations]'")
+    monkeypatch.chdir(tmp_path)
+    shared, *blocks = blocks_of(INTEGRATIONS)
+    (block,) = (block for block in blocks if library in block.co_names)
+    assert len(blocks) == len(LIBRARIES)
+    namespace: dict[str, Any] = {}
+    exec(shared, namespace)
+    exec(block, namespace)
 
 
 def test_each_block_of_the_readme_runs_alone() -> None:
