@@ -8,38 +8,33 @@ its loss, forward and backward, from given hidden states to the gradients of the
 of the encoder, in training mode, and the head together, without the optimizer. Where a document is longer than the
 positions that the encoder has, the encoder reads it in windows, and the head reads the whole.
 
-Contenders take turns in one run. Eager is ``train_ner.py --loss eager``: all scores, and dense labels made of the
-spans. Nothing is timed before the losses, gradients and decoded spans of all contenders agree.
+Contenders take turns in one run. Eager is all scores, and dense labels made of the spans. Nothing is timed before the
+losses, gradients and decoded spans of all contenders agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from common import (
-    Batch,
-    Encoder,
-    InputError,
-    build_encoder,
-    console,
-    default_device,
-    existing_device,
-    exit_status,
-    indices_of,
-    number,
-    to_device,
-)
+from common import InputError, encoder_of, exit_status
+from rich.console import Console
 from rich.table import Table
+from synthetic import Sentence, entities
+from torch import nn
 from torch._inductor import config as inductor_config
-from train_ner import HEADS, Sentence, Tagger, collate, encode, join_pieces, read, synthetic, types_of
+from train_ner import HEADS, Tagger, read
 
 import flashpointer as fp
 
@@ -52,25 +47,85 @@ SENTENCES, DOCUMENTS = 16, 4  # in a batch
 CONTENDERS = ("eager", "compile", "fused")
 LESSONS = 200
 
+console = Console()
+
+Batch = dict[str, torch.Tensor]
 Gradients = Callable[[int], tuple[torch.Tensor, ...]]
 Parts = dict[str, dict[str, Measurement]]
 """Of each part (head, step, decode) its contenders."""
 
 
-def batch_of(encoder: Encoder, sentences: Sequence[Sentence], types: Sequence[str], size: int, seed: int) -> Batch:
-    """A batch of so many sentences, or documents, as training draws its first one."""
-    chosen = [sentences[i] for i in indices_of(0, len(sentences), size, seed)]
-    return collate(encode(encoder, chosen, sys.maxsize).examples, types, encoder.padding)
+class WindowedEncoder(nn.Module):
+    """What is longer than the encoder's positions is read in windows, of which none sees the others."""
+
+    def __init__(self, encoder: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.config = encoder, encoder.config
+        self.window = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", math.inf))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        batch, length = input_ids.shape
+        ids, mask, windows = input_ids, attention_mask, math.ceil(length / self.window)
+        if windows > 1:
+            size = math.ceil(length / windows)
+            ids, mask = (
+                nn.functional.pad(x, (0, windows * size - length)).view(batch * windows, size) for x in (ids, mask)
+            )
+            mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1)  # attention over nothing is NaN
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return SimpleNamespace(last_hidden_state=hidden.view(batch, -1, hidden.shape[-1])[:, :length])
 
 
-def measure(encoder: Encoder, batch: Batch, types: int, options: argparse.Namespace) -> Parts:
+class EagerTagger(Tagger):
+    """As without this library: all scores, and dense labels."""
+
+    def loss(self, hidden: torch.Tensor, spans: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        with fp.use_backend("reference"):
+            scores = self.head(hidden, mask)
+        labels = fp.spans.to_dense(spans, *scores.shape[:3])
+        return fp.reference.zlpr_loss(scores.flatten(2), labels.flatten(2))
+
+
+def join(sentences: Sequence[Sentence], sizes: Sequence[int], limit: int) -> list[Sentence]:
+    """Neighbours joined to documents as long as their sizes add up to at most the limit."""
+    documents: list[Sentence] = []
+    size = limit
+    for sentence, more in zip(sentences, sizes, strict=True):
+        if size + more > limit:
+            documents.append(Sentence([], []))
+            size = 0
+        tokens, spans = documents[-1]
+        spans += [(kind, start + len(tokens), end + len(tokens)) for kind, start, end in sentence.spans]
+        tokens += sentence.tokens
+        size += more
+    return documents
+
+
+def join_pieces(tokenizer: Any, sentences: Sequence[Sentence], limit: int) -> list[Sentence]:
+    """Neighbours joined to documents of at most so many pieces, special tokens included."""
+    words = [sentence.tokens for sentence in sentences]
+    whole = tokenizer(words, is_split_into_words=True, add_special_tokens=False, verbose=False)
+    return join(sentences, [len(ids) for ids in whole.input_ids], limit - tokenizer.num_special_tokens_to_add())
+
+
+def batch_of(tokenizer: Any, sentences: Sequence[Sentence], types: Sequence[str], size: int, seed: int) -> Batch:
+    """A batch of so many sentences, or documents, drawn at random."""
+    chosen = [sentences[i] for i in np.random.default_rng([seed, 0]).permutation(len(sentences))[:size]]
+    encoding = tokenizer([sentence.tokens for sentence in chosen], is_split_into_words=True, verbose=False)
+    spans = fp.spans.from_words([sentence.spans for sentence in chosen], encoding, types).spans
+    padded = tokenizer.pad(encoding, return_tensors="pt", verbose=False)
+    return {name: padded[name] for name in ("input_ids", "attention_mask")} | {"labels": fp.spans.pad(spans, size)}
+
+
+def measure(encoder: WindowedEncoder, batch: Batch, types: int, options: argparse.Namespace) -> Parts:
     """The head, the step and the decoding of a batch. Where the scores would not fit in memory, fused alone."""
     torch.manual_seed(options.seed)
-    taggers = {loss: Tagger(encoder, options.head, types, loss).to(options.device) for loss in ("eager", "fused")}
+    kinds = {"eager": EagerTagger, "fused": Tagger}
+    taggers = {name: kind(encoder, options.head, types).to(options.device) for name, kind in kinds.items()}
     head = taggers["eager"].head = taggers["fused"].head
-    mask, spans = batch["words"] >= 0, batch["spans"]
+    mask, spans = batch["attention_mask"], batch["labels"]
     with torch.no_grad():
-        hidden = encoder.eval()(batch["input_ids"], batch["attention_mask"])
+        hidden = encoder.eval()(batch["input_ids"], batch["attention_mask"]).last_hidden_state
     teach(head, hidden, spans, mask)
     hidden.requires_grad_()
 
@@ -88,7 +143,7 @@ def measure(encoder: Encoder, batch: Batch, types: int, options: argparse.Namesp
         name: gradients(lambda f=losses[name]: f(hidden, spans, mask), [hidden, *head.parameters()]) for name in able
     }
     steps = {
-        name: gradients(lambda t=taggers[name]: t.train()(batch), list(taggers[name].parameters()))
+        name: gradients(lambda t=taggers[name]: t.train()(**batch)["loss"], list(taggers[name].parameters()))
         for name in able
         if name in taggers
     }
@@ -152,6 +207,29 @@ def table(cases: Sequence[tuple[str, Parts]], header: dict[str, str]) -> Table:
     return made
 
 
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a number from low to high."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        bound = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        raise argparse.ArgumentTypeError(f"takes {kind.__name__} {bound}; got {text!r}")
+
+    return parse
+
+
+def existing_device(name: str) -> torch.device:
+    """An argparse type: a device that is there."""
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -162,7 +240,12 @@ def main() -> None:
     add("--head", choices=HEADS, default="efficient", help="the span head")
     add("--documents", type=number(int, 16), nargs="+", default=[512, 1024, 2048], metavar="N", help="their pieces")
     add("--seconds", type=number(float, 0), default=2.0, help="for each contender, warm-up aside")
-    add("--device", type=existing_device, default=default_device(), help="where to measure")
+    add(
+        "--device",
+        type=existing_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to measure",
+    )
     add("--seed", type=number(int, 0, 2**31), default=0, help="of the batches, of weights and dropout")
     add("--out", type=Path, metavar="FILE", help="JSON: all numbers and their conditions")
     options = parser.parse_args()
@@ -174,15 +257,16 @@ def main() -> None:
             raise InputError(f"--out: {error.filename}: {error.strerror}") from None
 
     torch.manual_seed(options.seed)
-    sentences = read(options.data) if options.data else synthetic(options.seed)[0]
-    types = types_of(sentences)
+    sentences = read(options.data) if options.data else entities(options.seed)[0]
+    types = sorted({kind for sentence in sentences for kind, _, _ in sentence.spans})
     if not types:
         raise InputError(f"{options.data}: no span")
-    encoder = build_encoder(options.encoder, [sentence.tokens for sentence in sentences]).to(options.device)
+    tokenizer, model = encoder_of(options.encoder, [sentence.tokens for sentence in sentences])
+    encoder = WindowedEncoder(model, tokenizer).to(options.device)
 
     plans = {f"{SENTENCES} sentences": (sentences, SENTENCES)}
     for length in options.documents:
-        documents = join_pieces(encoder, sentences, length)
+        documents = join_pieces(tokenizer, sentences, length)
         if len(documents) < DOCUMENTS:
             source = options.data or "the synthetic corpus"
             raise InputError(f"--documents {length}: a batch takes {DOCUMENTS}; {source} makes {len(documents)}")
@@ -190,21 +274,23 @@ def main() -> None:
 
     others, cases, records = OtherProcesses(), [], []
     for name, (examples, size) in plans.items():
-        batch = to_device(batch_of(encoder, examples, types, size, options.seed), options.device)
+        batch = batch_of(tokenizer, examples, types, size, options.seed)
+        batch = {name: tensor.to(options.device) for name, tensor in batch.items()}
         with console.status(name):
             parts = measure(encoder, batch, len(types), options)
         cases.append((name, parts))
-        shape = {"batch": size, "heads": len(types), "tokens": batch["words"].shape[1], "spans": len(batch["spans"])}
+        spans = len(fp.spans.flatten(batch["labels"]))
+        shape = {"batch": size, "heads": len(types), "tokens": batch["input_ids"].shape[1], "spans": spans}
         numbers = {part: {c: dataclasses.asdict(m) for c, m in measured.items()} for part, measured in parts.items()}
         records.append({"name": name, **shape, **numbers})
     header = conditions(options.device, others.share())
     console.print(table(cases, header))
     if options.out:
-        model = getattr(encoder, "model", encoder)
+        head = HEADS[options.head]
         about = {
             "data": str(options.data or "synthetic"),
             "encoder": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters",
-            "head": f"{HEADS[options.head].__name__}, head size {HEADS[options.head](encoder.width, 1).head_size}",
+            "head": f"{head.__name__}, head size {head(model.config.hidden_size, 1).head_size}",
         }
         options.out.write_text(json.dumps({"conditions": header, **about, "cases": records}, indent=1) + "\n")
 

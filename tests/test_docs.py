@@ -18,6 +18,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
 # What a block may import that the tests do not need.
 INTEGRATIONS = {Requirement(r).name for r in metadata.requires("flashpointer") or [] if "integrations" in r}
 
+INTEGRATIONS = ROOT / "docs" / "integrations.md"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -29,7 +30,9 @@ def blocks_of(page: Path) -> list[Any]:
     return [compile("\n" * text.count("\n", 0, b.start(1)) + b[1], str(page), "exec") for b in blocks]
 
 
-@every_page
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != INTEGRATIONS], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, each block with what the ones before it have defined; those for libraries that are absent are not."""
     monkeypatch.chdir(ROOT)
@@ -44,6 +47,22 @@ def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) 
             absent.add(error.name)
     if absent:
         pytest.skip(f"all but the blocks that need {', '.join(sorted(absent))}, of the extra integrations")
+
+
+LIBRARIES = ("transformers", "accelerate", "peft")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_integration_of_a_library_runs(library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After the first block, which they share."""
+    pytest.importorskip(library, reason=f"needs {library}: pip install 'flashpointer[integrations]'")
+    monkeypatch.chdir(tmp_path)
+    shared, *blocks = blocks_of(INTEGRATIONS)
+    (block,) = (block for block in blocks if library in block.co_names)
+    assert len(blocks) == len(LIBRARIES)
+    namespace: dict[str, Any] = {}
+    exec(shared, namespace)
+    exec(block, namespace)
 
 
 def test_each_block_of_the_readme_runs_alone() -> None:

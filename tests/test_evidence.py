@@ -9,12 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-for package, extra in {"matplotlib": "bench", "psutil": "bench", "rich": "bench", "safetensors": "examples"}.items():
+EXTRAS = {
+    "matplotlib": "bench",
+    "psutil": "bench",
+    "rich": "bench",
+    "accelerate": "examples",
+    "transformers": "examples",
+}
+for package, extra in EXTRAS.items():
     pytest.importorskip(package, reason=f"the evidence needs {package}: pip install 'flashpointer[{extra}]'")
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "docs"), str(ROOT / "examples")]
-evidence, common, measure_head = map(importlib.import_module, ("evidence", "common", "measure_head"))
+PROGRAMS = ("evidence", "common", "synthetic", "measure_head")
+evidence, common, synthetic, measure_head = map(importlib.import_module, PROGRAMS)
 
 Run = Callable[..., tuple[int, str]]
 
@@ -116,3 +125,36 @@ def test_errors_name_the_file(run: Run, tmp_path: Path) -> None:
         status, err = run(*arguments)
         assert status == 2
         assert says in err
+
+
+def test_join_keeps_every_token_and_span() -> None:
+    sentences = [synthetic.Sentence(list("abc"), [("X", 0, 2)]), synthetic.Sentence(list("de"), [("Y", 1, 1)])] * 3
+    sizes = [len(s.tokens) for s in sentences]
+    documents = measure_head.join(sentences, sizes, limit=8)
+    assert ["".join(d.tokens) for d in documents] == ["abcdeabc", "deabcde"]
+    assert documents[0].spans == [("X", 0, 2), ("Y", 4, 4), ("X", 5, 7)]
+    assert documents[1].spans == [("Y", 1, 1), ("X", 2, 4), ("Y", 6, 6)]
+    assert measure_head.join(sentences, sizes, limit=1) == sentences
+
+
+def test_long_documents_are_read_in_windows() -> None:
+    """Each by itself: 40 tokens are three windows of 14, the last one of them short."""
+    tokenizer, model = synthetic.encoder([["a", "b"]] * 3)
+    tokenizer.model_max_length = 16
+    encoder = measure_head.WindowedEncoder(model, tokenizer).eval()
+    ids, mask = torch.randint(0, 5, (2, 40)), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, 10:] = 0
+    hidden = encoder(ids, mask).last_hidden_state
+    assert hidden.shape == (2, 40, 128)
+    assert hidden.isfinite().all()
+    for start in (0, 14, 28):
+        window = slice(start, start + 14)
+        torch.testing.assert_close(hidden[:1, window], model(ids[:1, window], mask[:1, window]).last_hidden_state)
+    torch.testing.assert_close(hidden[1:, :10], model(ids[1:, :10], mask[1:, :10]).last_hidden_state)
+
+
+def test_documents_have_at_most_so_many_pieces() -> None:
+    tokenizer, _ = synthetic.encoder([["a"]])
+    sentences = [synthetic.Sentence(["a", "b", "c"], [])] * 5
+    documents = measure_head.join_pieces(tokenizer, sentences, 7)  # one of them special
+    assert [len(document.tokens) for document in documents] == [6, 6, 3]
