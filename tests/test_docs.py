@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What a block may import that the tests do not need.
-INTEGRATIONS = {Requirement(r).name for r in metadata.requires("flashpointer") or [] if "integrations" in r}
+EXTRAS = {Requirement(r).name for r in metadata.requires("flashpointer") or [] if "integrations" in r}
 
 INTEGRATIONS = ROOT / "docs" / "integrations.md"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -42,7 +42,7 @@ def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) 
         try:
             exec(block, namespace)
         except ModuleNotFoundError as error:
-            if error.name not in INTEGRATIONS:
+            if error.name not in EXTRAS:
                 raise
             absent.add(error.name)
     if absent:
