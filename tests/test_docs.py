@@ -49,13 +49,13 @@ def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) 
         pytest.skip(f"all but the blocks that need {', '.join(sorted(absent))}, of the extra integrations")
 
 
-LIBRARIES = ("transformers", "accelerate", "peft")
+LIBRARIES = ("transformers", "accelerate", "peft", "lightning", "bert4torch", "timm")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_integration_of_a_library_runs(library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """After the first block, which they share."""
-    pytest.importorskip(library, reason=f"needs {library}: pip install 'flashpointer[integrations]'")
+    pytest.importorskip(library, reason=f"needs {library}, perhaps of the extra integrations", exc_type=ImportError)
     monkeypatch.chdir(tmp_path)
     shared, *blocks = blocks_of(INTEGRATIONS)
     (block,) = (block for block in blocks if library in block.co_names)
