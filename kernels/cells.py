@@ -7,6 +7,7 @@ absent.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,11 @@ import triton
 import triton.language as tl
 
 PAD = tl.constexpr(64)  # inner tensors are padded to a multiple of so many tokens, which every tile's height divides
+
+
+constant = dataclass(frozen=True, eq=False)
+"""A class of tl.constexpr fields whose objects are one constant each. Triton finds a compiled kernel by its constants,
+which it hashes at each launch: these are the same by identity, as a cached ``tile_of`` makes one of a kind."""
 
 
 class Shape(NamedTuple):

@@ -18,12 +18,14 @@ contracted with a sum that follows it, which would be rounded less: in one of th
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from flashpointer.problem import Problem
 
 from .cells import (
     PAD,
@@ -33,6 +35,7 @@ from .cells import (
     Tokens,
     all_registers,
     columns_of,
+    constant,
     float32_precision,
     keep_valid,
     load_bias,
@@ -52,8 +55,9 @@ TURNED = 4096  # elements of q and of k to a step
 PER_BATCH = ["groups", "length", "max_width", "limit"]  # what a kernel is not compiled anew for
 
 
-class Tile(NamedTuple):
-    """Made on the host, of tl.constexpr."""
+@constant
+class Tile:
+    """Made on the host."""
 
     BM: Any
     BN: Any
@@ -128,7 +132,7 @@ def prepare_kernel(
     own_heads, groups, heads, length,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn, stride_pb, stride_pn,
-    tile,
+    tile: tl.constexpr,
 ):  # fmt: skip
     """Of BN tokens of a group to a program: their vectors, or the biases of BIASES heads."""
     shape = Shape(groups, heads, length, heads, up_to(length, PAD), None)
@@ -146,7 +150,7 @@ def prepare_kernel(
     )
     if tl.program_id(1) == 0:
         for step in range(0, tile.BN, tile.TOKENS):
-            turn_tokens(source, group.q, group.k, first + step + tl.arange(0, tile.TOKENS), tile)
+            turn_tokens(source, group.q, group.k, first + step + tl.arange(0, tile.TOKENS), 1.0, tile)
     else:
         token = first + tl.arange(0, tile.BN)
         here = load_kept(source.mask, token, length)
@@ -213,7 +217,7 @@ def load_most(clean, h, i, shape, tile):
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
-def count_kernel(vectors, biases, integers, groups, heads, length, max_width, scale, threshold, tile):
+def count_kernel(vectors, biases, integers, groups, heads, length, max_width, scale, threshold, tile: tl.constexpr):
     """BM rows of HEADS heads of a group to a program, longest rows first. No other program counts these."""
     shape = Shape(groups, heads, length, heads, up_to(length, PAD), max_width)
     blocks = tl.cdiv(heads, tile.HEADS)
@@ -291,7 +295,7 @@ def write_rows(group, out, h, m_first, columns, shape, tile):
 @triton.jit(do_not_specialize=PER_BATCH)
 def write_kernel(
     vectors, biases, integers, behind, cells, scores,
-    groups, heads, length, max_width, scale, threshold, limit, tile,
+    groups, heads, length, max_width, scale, threshold, limit, tile: tl.constexpr,
 ):  # fmt: skip
     """BM rows of WRITERS heads of a group to a program, longest rows first. Mostly there is nothing to write."""
     shape = Shape(groups, heads, length, heads, up_to(length, PAD), max_width)
@@ -337,9 +341,8 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     return Plan(32 if single or vector > 128 else 64, chunk, 1 if heads == 1 else 64, 1 if heads == 1 else 16, 4, 3)
 
 
-@lru_cache
+@cache
 def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, precision: str) -> tuple[Plan, Tile]:
-    """Cached, for Triton finds a compiled kernel by its constants, and the same object without comparing them."""
     vector = max(16, power_of_two(size))
     rule = plan(vector, heads, dtype)
     tokens = min(rule.block, TURNED // vector)
@@ -356,7 +359,7 @@ def decode(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
     heads: int,
-    problem: Any,
+    problem: Problem,
     threshold: float,
     max_spans: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -48,6 +48,7 @@ from .cells import (
     PAD,
     Bias,
     Shape,
+    Strided,
     Tokens,
     all_registers,
     columns_of,
@@ -82,7 +83,7 @@ from .direct_rows import (
     spans_of,
     store_keys,
 )
-from .rotate import rotation, turn
+from .rotate import Source, rotation, store_turned_back, turn_tokens
 from .rows import FLOAT_MAX
 from .workspace import (
     add_product,
@@ -117,17 +118,6 @@ class Inputs(NamedTuple):
     start: Any  # Bias
     end: Any  # Bias
     mask: Any  # Tokens
-
-
-@triton.jit
-def prepare_vectors(x, stride_n, stride_d, out, token, kept, angles, factor, tile):
-    """x [N, SIZE] turned, times the factor, into out [padded, VECTOR]."""
-    d = tl.arange(0, tile.VECTOR)[None, :]
-    at = x + token.to(tl.int64)[:, None] * stride_n + d * stride_d
-    vectors = tl.load(at, mask=kept[:, None] & (d < tile.SIZE), other=0.0).to(tl.float32) * factor  # [tokens, VECTOR]
-    if tile.ROPE:
-        vectors = turn(vectors, angles[0], angles[1])
-    tl.store(out + token.to(tl.int64)[:, None] * tile.VECTOR + d, vectors.to(tile.DTYPE))
 
 
 @triton.jit
@@ -197,16 +187,14 @@ def prepare_kernel(
         else:
             store_keys(listing, tl.program_id(0) * LANES, to, shape, tile, LANES)
     elif head < 0:
-        token = at % tiles * TOKENS + tl.arange(0, TOKENS)
-        kept_m = load_kept(kept, token, length)
-        angles = (0.0, 0.0)
-        if tile.ROPE:
-            position = load_positions(Tokens(positions, offset(b, 0, stride_pb, 0), stride_pn), token, length)
-            angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
-        of_q = q + offset(b, h, stride_qb, stride_qh)
-        of_k = k + offset(b, h, stride_kb, stride_kh)
-        prepare_vectors(of_q, stride_qn, stride_qd, group.q, token, kept_m, angles, sign, tile)
-        prepare_vectors(of_k, stride_kn, stride_kd, group.k, token, kept_m, angles, 1.0, tile)
+        source = Source(
+            Strided(q + offset(b, h, stride_qb, stride_qh), stride_qn, stride_qd),
+            Strided(k + offset(b, h, stride_kb, stride_kh), stride_kn, stride_kd),
+            kept,
+            Tokens(positions, offset(b, 0, stride_pb, 0), stride_pn),
+            length,
+        )
+        turn_tokens(source, group.q, group.k, at % tiles * TOKENS + tl.arange(0, TOKENS), sign, tile)
     else:
         of_start = Bias(start, offset(b, h * heads, stride_sb, stride_sh), stride_sh, stride_sn)
         of_end = Bias(end, offset(b, h * heads, stride_eb, stride_eh), stride_eh, stride_en)
@@ -672,16 +660,6 @@ def ends_of_tokens(group, left, spans, upstream, first, h_first, shape, tile):
     return unmark(d_end)
 
 
-@triton.jit
-def store_vectors(out, x, token, angles, length, tile):
-    """x [TOKENS, VECTOR], turned back, into out [N, SIZE]."""
-    if tile.ROPE:
-        x = turn(x, angles[0], -angles[1])
-    d = tl.arange(0, tile.VECTOR)[None, :]
-    at = out + token.to(tl.int64)[:, None] * tile.SIZE + d
-    tl.store(at, x.to(out.dtype.element_ty), mask=(token < length)[:, None] & (d < tile.SIZE))
-
-
 @triton.jit(do_not_specialize=PER_BATCH)
 def turn_back_kernel(
     workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end,
@@ -708,8 +686,8 @@ def turn_back_kernel(
             angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
         of_q, of_k = vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS)
         of_group = tl.cast(i, tl.int64) * length * tile.SIZE
-        store_vectors(d_q + of_group, of_q * (scale * sign), token, angles, length, tile)
-        store_vectors(d_k + of_group, of_k * scale, token, angles, length, tile)
+        store_turned_back(d_q + of_group, of_q * (scale * sign), token, 0, angles, length, tile)
+        store_turned_back(d_k + of_group, of_k * scale, token, 0, angles, length, tile)
     else:
         h_first = (tl.program_id(1) - 1) * tile.BACK_HEADS
         h = h_first + tl.arange(0, tile.BACK_HEADS)

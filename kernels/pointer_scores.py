@@ -21,12 +21,14 @@ Whatever is summed is summed in a fixed order, and no tile without a valid cell 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from flashpointer.problem import Problem
 
 from .cells import (
     PAD,
@@ -35,6 +37,7 @@ from .cells import (
     Tokens,
     all_registers,
     columns_of,
+    constant,
     float32_precision,
     keep_valid,
     load_bias,
@@ -55,8 +58,9 @@ LANES = tl.constexpr(1024)
 PER_BATCH = ["groups", "max_width"]  # what a kernel is not compiled anew for: alignment needs to know the length
 
 
-class Tile(NamedTuple):
-    """Made on the host, of tl.constexpr."""
+@constant
+class Tile:
+    """Made on the host."""
 
     BM: Any
     BN: Any
@@ -90,7 +94,7 @@ def scores_kernel(
     vectors, start, end, mask, scores,
     own_heads, groups, heads, length, max_width, scale,
     stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn,
-    tile,
+    tile: tl.constexpr,
 ):  # fmt: skip
     """A tile of the scores of HEADS heads, which share q and k, to a program; scores [groups, heads, N, N]."""
     shape = Shape(groups, heads, length, heads, up_to(length, PAD), max_width)
@@ -178,7 +182,7 @@ def sum_kernel(
     grad, mask, sums, start_parts, end_parts,
     groups, heads, length, max_width,
     stride_gb, stride_gh, stride_gm, stride_gn, stride_mb, stride_mn,
-    tile,
+    tile: tl.constexpr,
 ):  # fmt: skip
     """One tile of all heads to a program: its sum over the heads, into sums [groups, padded, padded], and its row and
     column sums for each head, into start_parts and end_parts [groups, tiles, heads, padded]."""
@@ -268,7 +272,7 @@ def sweep_kernel(
     grad, vectors, mask, positions, start_parts, end_parts, d_q, d_k, d_start, d_end,
     own_heads, groups, heads, length, max_width, scale, size,
     stride_gb, stride_gh, stride_gm, stride_gn, stride_mb, stride_mn, stride_pb, stride_pn,
-    tile,
+    tile: tl.constexpr,
 ):  # fmt: skip
     """Of BM tokens of a group to a program: PART elements of dq, or of dk, or the biases of SUMMED heads."""
     shape = Shape(groups, heads, length, heads, up_to(length, PAD), max_width)
@@ -340,11 +344,10 @@ def plan(vector: int, heads: int, dtype: torch.dtype, even: bool = True) -> Plan
     return Plan(64 if even or heads > 1 else 32, min(128, vector), part, heads, 4, 3)
 
 
-@lru_cache
+@cache
 def tile_of(
     size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, precision: str, even: bool = True
 ) -> tuple[Plan, Tile]:
-    """Cached, for Triton finds a compiled kernel by its constants, and the same object without comparing them."""
     vector = max(16, power_of_two(size))
     rule = plan(vector, heads, dtype, even)
     fields = (
@@ -355,7 +358,7 @@ def tile_of(
 
 
 def _prepared(
-    q: torch.Tensor, k: torch.Tensor, of_group: int, problem: Any, even: bool = True
+    q: torch.Tensor, k: torch.Tensor, of_group: int, problem: Problem, even: bool = True
 ) -> tuple[Plan, Tile, torch.Tensor, torch.Tensor | None, int | None]:
     """The launch parameters; q and k, turned; the mask; the band."""
     rule, tile = tile_of(q.shape[3], of_group, q.dtype, problem.tril_mask, problem.rope, float32_precision(), even)
@@ -370,7 +373,7 @@ def forward(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
     heads: int,
-    problem: Any,
+    problem: Problem,
 ) -> torch.Tensor:
     """Scores [B, heads, N, N] in the dtype of q, contiguous.
 
@@ -399,7 +402,7 @@ def backward(
     k: torch.Tensor,
     need_start: bool,
     need_end: bool,
-    problem: Any,
+    problem: Problem,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, start and end, in the dtype of q and contiguous; those of the biases empty if not needed."""
     batch, own_heads, length, _ = q.shape

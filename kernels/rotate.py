@@ -67,11 +67,11 @@ class Source(NamedTuple):
 
 
 @triton.jit
-def turn_vectors(x, out, token, kept, angles, tile):
-    """x [N, SIZE] of some tokens, turned, 0 where not kept, into out [padded, VECTOR]."""
+def turn_vectors(x, out, token, kept, angles, factor, tile):
+    """x [N, SIZE] of some tokens, turned, times the factor, 0 where not kept, into out [padded, VECTOR]."""
     d = tl.arange(0, tile.VECTOR)[None, :]
     at = x.ptr + token.to(tl.int64)[:, None] * x.stride_n + d * x.stride_d
-    vectors = tl.load(at, mask=kept[:, None] & (d < tile.SIZE), other=0.0).to(tl.float32)  # [tokens, VECTOR]
+    vectors = tl.load(at, mask=kept[:, None] & (d < tile.SIZE), other=0.0).to(tl.float32) * factor  # [tokens, VECTOR]
     if tile.ROPE:
         vectors = turn(vectors, angles[0], angles[1])
     to = out + token.to(tl.int64)[:, None] * tile.VECTOR + d
@@ -79,13 +79,14 @@ def turn_vectors(x, out, token, kept, angles, tile):
 
 
 @triton.jit
-def turn_tokens(source, out_q, out_k, token, tile):
+def turn_tokens(source, out_q, out_k, token, factor, tile):
+    """The factor is that of q."""
     kept = load_kept(source.mask, token, source.length)
     angles = (0.0, 0.0)
     if tile.ROPE:
         angles = rotation(load_positions(source.positions, token, source.length), tile.SIZE, tile.VECTOR // 2)
-    turn_vectors(source.q, out_q, token, kept, angles, tile)
-    turn_vectors(source.k, out_k, token, kept, angles, tile)
+    turn_vectors(source.q, out_q, token, kept, angles, factor, tile)
+    turn_vectors(source.k, out_k, token, kept, angles, 1.0, tile)
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def turn_kernel(
     own_heads, groups, length,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_mb, stride_mn, stride_pb, stride_pn,
-    tile, TOKENS: tl.constexpr,
+    tile: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of a group to a program."""
     i = tl.program_id(0) % groups
@@ -119,7 +120,7 @@ def turn_kernel(
         length,
     )
     plane = tl.cast(up_to(length, PAD), tl.int64) * tile.VECTOR
-    turn_tokens(source, vectors + i * plane, vectors + (groups + i) * plane, token, tile)
+    turn_tokens(source, vectors + i * plane, vectors + (groups + i) * plane, token, 1.0, tile)
 
 
 def turned(

@@ -6,7 +6,6 @@ Tables that matrix products read are bfloat16 where q is, and else float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,13 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .cells import PAD, float32_precision, power_of_two
+from .cells import PAD, constant, float32_precision, power_of_two
 
 
-@dataclass(frozen=True, eq=False)
+@constant
 class Tile:
-    """Made on the host, of constants, and itself one. Triton finds a compiled kernel by its constants, which it hashes
-    at each launch: this one is the same by identity, as ``tile_of`` makes one of a kind."""
+    """Made on the host."""
 
     BM: Any  # rows and columns of a tile in the sweeps along the rows
     BN: Any

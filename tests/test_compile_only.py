@@ -47,6 +47,15 @@ def compile_for(chip: str, launch: Callable[[], object]) -> list[Compiled]:
     return compiled
 
 
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+def test_a_spill_is_seen(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointer_scores, "all_registers", lambda: {"maxnreg": 48})
+    q, k = torch.empty(2, 2, 1, 128, 64, dtype=torch.float32)
+    problem = Problem(None, None, True, True, None, 0.125)
+    with pytest.raises(AssertionError, match="scores_kernel spills"):
+        compile_for(chip, lambda: pointer_scores.forward(q, k, None, None, 9, problem))
+
+
 def test_the_version_under_test() -> None:
     if "EXPECTED_TRITON" in os.environ:
         assert Version(triton.__version__) == Version(os.environ["EXPECTED_TRITON"])

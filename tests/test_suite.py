@@ -1,7 +1,10 @@
-"""``python -m tests``: what the exit statuses of its processes come to."""
+"""``python -m tests``: what the exit statuses of its processes come to, and that they leave out no test."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -34,3 +37,21 @@ def test_one_process_that_fails_is_a_failure(
 
     monkeypatch.setattr(suite, "start", start)
     assert suite.all_processes([]) == whole
+
+
+def test_the_processes_share_all_tests() -> None:
+    """Each is in one of them, and interpreted ones in the third besides."""
+
+    def collected(**environment: str) -> list[str]:
+        files = ["tests/test_compile_only.py", "tests/test_rotate.py", "tests/test_suite.py"]
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+        inherited = {name: value for name, value in os.environ.items() if name != "TESTED"}
+        run = subprocess.run(command, cwd=suite.ROOT, env=inherited | environment, capture_output=True, text=True)
+        return [line for line in run.stdout.splitlines() if "::" in line]
+
+    every = collected(TRITON_INTERPRET="0")
+    chips, rest = (collected(TRITON_INTERPRET="0", TESTED=part) for part in ("chips", "rest"))
+    assert len(every) > 100 and sorted(chips + rest) == sorted(every)
+    assert chips and all("test_compile_only" in name for name in chips)
+    interpreted = collected(TRITON_INTERPRET="1")
+    assert interpreted and collected(TRITON_INTERPRET="1", TESTED="rest") == interpreted
