@@ -157,9 +157,8 @@ def _cells(
     q, k = _pointer.per_head(q, k)
     least = min(threshold, default=0.0)
     several = any(x > least for x in threshold)
-    if (
-        backend == "tiled" or top_k is not None or (several and max_spans is not None)
-    ):  # which tiles prune while they go
+    pruned = top_k is not None or (several and max_spans is not None)  # by tiles, while they go
+    if backend == "tiled" or pruned:
         decode = backends.implementation(OP, "tiled").decode
         return decode(q, k, start, end, heads, problem, threshold, max_spans, top_k)  # type: ignore[no-any-return]
     decode = backends.implementation(OP, backend).decode
@@ -204,9 +203,8 @@ def _best_nested(spans: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     for i in scores.sort(descending=True, stable=True).indices.tolist():
         sentence, _, first, last = rows[i]
         first, last = min(first, last), max(first, last)
-        last_from, first_to = taken.setdefault(
-            sentence, ({}, {})
-        )  # the furthest of those that start, or end, at a token
+        # The furthest of those that start, or end, at a token.
+        last_from, first_to = taken.setdefault(sentence, ({}, {}))
         if any(last_from.get(token, 0) > last for token in range(first + 1, last + 1)):
             continue
         if any(first_to.get(token, first) < first for token in range(first, last)):

@@ -49,13 +49,8 @@ def decode(
     length = q.shape[2]
     q, k = rotated(q, problem), rotated(k, problem)
     start, end = (_by_group(bias, q, heads, problem) for bias in (start, end))
-    floor = (
-        torch.tensor(threshold, dtype=torch.float64, device=q.device)
-        .to(q.dtype)
-        .expand(q.shape[0], heads)
-        .contiguous()
-        .view(-1)
-    )
+    of_heads = torch.tensor(threshold, dtype=torch.float64, device=q.device).to(q.dtype)
+    floor = of_heads.expand(heads).repeat(q.shape[0])  # [B * H]; top_k raises it
     best: Found = torch.empty(0, dtype=torch.int64, device=q.device), q.new_empty(0)
     pending: list[Found] = []
     count = waiting = 0
