@@ -180,6 +180,35 @@ def test_inputs_stay_as_they_are(place: Place, case: str) -> None:
     assert all(torch.equal(x, inputs[name]) for name, x in before.items())
 
 
+def _spread(x: Any, dim: int) -> Any:
+    """The same numbers, but what the dimension counts lies so far apart that the last offset is 2^31 or more, while the
+    stride fits 32 bits, as it would of itself make an offset of 64: only the pages that are touched exist."""
+    if not isinstance(x, torch.Tensor) or x.dim() <= dim or x.shape[dim] < 2 or x.element_size() > 2:
+        return x
+    stride = min(2**31 - 4, -(-(2**31) // (x.shape[dim] - 1)))
+    rest = x.select(dim, 0).contiguous()
+    strides = [*rest.stride()[:dim], stride, *rest.stride()[dim:]]
+    far = torch.empty(2**31 + stride + rest.numel(), dtype=x.dtype, device=x.device).as_strided(x.shape, strides)
+    return far.copy_(x)
+
+
+@every_case
+@pytest.mark.parametrize("dim", [0, 1])
+def test_offsets_beyond_32_bits(place: Place, case: str, dim: int) -> None:
+    if place.device == "cuda" and torch.cuda.mem_get_info()[0] < 50 * 2**30:
+        pytest.skip("needs 50 GiB of free GPU memory")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which would touch all pages
+    (op, names), near = op_of(case), any_problem(case, torch.float16, place.device)
+    far = {name: _spread(x, dim) for name, x in near.items()}
+    assert all(far[name].stride(dim) > 2**28 for name in names)
+    values = []
+    for inputs in (near, far):
+        leaves = [inputs[name].requires_grad_() for name in names]
+        value = value_of(op, inputs)
+        values.append([value, *torch.autograd.grad(value, leaves, torch.full_like(value, 0.3))])
+    assert all(map(torch.equal, *values))
+
+
 @every_case
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(place: Place, case: str, reentrant: bool) -> None:
