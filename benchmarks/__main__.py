@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import gpu, report
-from .measure import OtherProcesses, measure, measure_ceilings
+from .measure import OtherProcesses, keep_memory, measure, measure_ceilings
 from .suite import cases, ops
 
 # Of the table: a pipe has no width of its own.
@@ -56,6 +56,7 @@ def main() -> int:
         pages.README.write_text(pages.filled(pages.README.read_text("utf-8"), pages.tables()), "utf-8")
         return 0
 
+    keep_memory()
     others = OtherProcesses()
     torch.manual_seed(0)
     device, seconds = torch.device(arguments.device), 0.2 if arguments.quick else 1.0

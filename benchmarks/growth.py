@@ -13,14 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from matplotlib.figure import Figure
 
 import flashpointer
 
 from . import pointer_loss, report
-from .measure import Ceilings, Measurement, measure_runs, run_of
+from .measure import Ceilings, Measurement, measure_runs, memory_of, run_of
 from .suite import Contender, Inputs, Shape
 
 HEAD_SIZE = 64
@@ -29,9 +28,16 @@ CURVES = {
     "heads": [(1, heads, 128) for heads in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)],
     "tokens": [(1, 10, tokens) for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)],
 }
+AXES = {"heads": "heads (entity types)", "tokens": "tokens"}
 # Heads times tokens up to which a point is taken.
 QUICK, ALL = 10_000, 1 << 30
 COLOURS = {"eager": "#9aa5b1", "compile": "#4c78a8", "scores + loss": "#e3a857", "ours": "#c8344f"}
+LABELS = {
+    "eager": "eager PyTorch",
+    "compile": "torch.compile",
+    "scores + loss": "fused scores, stored, then fused loss",
+    "ours": "pointer_loss",
+}
 # Tensors of scores at the peak; measured, and rounded up.
 SCORE_TENSORS = {"eager": 12, "compile": 8, "scores + loss": 4, "ours": 0}
 
@@ -46,7 +52,7 @@ def scores_and_loss(
 
 def measure(device: torch.device, seconds: float, announce: Callable[[str], None], largest: int) -> dict[str, Any]:
     """Each curve: its points, each with the measurements of the contenders that are still in it."""
-    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    limit = memory_of(device) / 4
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     curves: dict[str, Any] = {}
     for name, sizes in CURVES.items():
@@ -57,7 +63,7 @@ def measure(device: torch.device, seconds: float, announce: Callable[[str], None
             inputs = pointer_loss.make_inputs(size, dtype, device)
             inputs = {k: v.requires_grad_() if k in pointer_loss.OP.differentiate else v for k, v in inputs.items()}
             scores = 4 * batch * heads * length**2
-            able = {k: f for k, f in contenders().items() if scores * SCORE_TENSORS[k] < memory / 4}
+            able = {k: f for k, f in contenders().items() if scores * SCORE_TENSORS[k] < limit}
             runs = {k: run_of(Contender(f), [inputs], pointer_loss.OP.differentiate) for k, f in able.items()}
             point = {"size": Shape(size, ""), "inputs": inputs, "measured": measure_runs(runs, device, seconds)}
             curves[name].append(point)
@@ -106,31 +112,32 @@ def figure(curves: dict[str, Any], header: dict[str, str]) -> Figure:
     canvas.suptitle(f"pointer_loss, forward + backward, {header['device']}", weight="bold", size=13)
     axes = canvas.subplots(2, len(curves), squeeze=False)
     for column, (name, points) in enumerate(curves.items()):
-        for row, (what, label, units) in enumerate(
+        for row, (what, quantity, units) in enumerate(
             (("time", "time", report.SECONDS), ("peak", "peak memory", report.BYTES))
         ):
             plot = axes[row][column]
             for contender, colour in COLOURS.items():
                 at = [p for p in points if contender in p["measured"]]
                 values = [p["measured"][contender].number(what) or math.nan for p in at]
-                plot.plot([x_of(name, p) for p in at], values, "o-", markersize=4, color=colour, label=contender)
+                plot.plot(
+                    [x_of(name, p) for p in at], values, "o-", markersize=4, color=colour, label=LABELS[contender]
+                )
             plot.set_xscale("log")
             plot.set_yscale("log")
             plot.minorticks_off()
             plot.set_xticks([x_of(name, p) for p in points], [f"{x_of(name, p):,}" for p in points])
             plot.yaxis.set_major_formatter(report.tick(units))
-            plot.set_ylabel(label)
+            plot.set_ylabel(quantity)
             plot.grid(color="#dddddd")
             plot.spines[["top", "right"]].set_visible(False)
         others = points[0]["size"].size
         fixed = f"{others[3]} tokens" if name == "heads" else f"{others[1]} heads"
         axes[0][column].set_title(f"one sentence, {fixed}")
-        axes[1][column].set_xlabel(name)
-    axes[0][0].legend(frameon=False)
+        axes[1][column].set_xlabel(AXES[name])
+    axes[0][0].legend(frameon=False, title="loss and gradients of all spans")
     canvas.supxlabel(
-        "A curve ends where its next point would need a quarter of the memory.\n"
-        f"{header['cpu']}, threads: {header['threads']}; other processes {header['other processes']};"
-        f" torch {header['torch']}; {header['date']}.",
+        f"A curve ends where its next point would need more than a quarter of the memory, {header['memory']}.\n"
+        f"{report.said_of(header)}",
         size=8, color="#555555",
     )  # fmt: skip
     return canvas

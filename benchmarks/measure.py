@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -36,6 +39,9 @@ MOST_SETS = 128
 LAUNCH_BOUND = 100e-6
 # Of an op on one number, to learn what a launch takes.
 LAUNCHES = 1000
+
+# Options of glibc's mallopt(3), by the numbers of its header.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class Failure(str):
@@ -308,6 +314,29 @@ def kineto_silenced() -> Iterator[None]:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the device has, or the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@cache
+def keep_memory() -> str:
+    """Makes glibc keep what is freed, from here on; returns what allocates, for the header.
+
+    By default it gives a tensor of 32 MiB or more back to the system when it is freed, so that the next one is faulted
+    in again, page by page. That is half of eager's time or more, and nothing of ours, which makes no such tensor.
+    """
+    if os.environ.get("LD_PRELOAD"):
+        return f"LD_PRELOAD={os.environ['LD_PRELOAD']}"
+    if platform.libc_ver()[0] != "glibc":
+        return f"that of {platform.system()}"
+    mallopt = ctypes.CDLL(None).mallopt
+    kept = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1)
+    return "glibc, which keeps what is freed" if kept else "glibc, by its defaults"
 
 
 class OtherProcesses:

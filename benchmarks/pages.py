@@ -11,21 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from .report import BYTES, SECONDS, scaled
+from .suite import ops
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results" / "cpu-amd-epyc-2-cores"
 UNITS = {"time": SECONDS, "peak": BYTES}
 TIMES = {"eager": "eager", "compile": "`torch.compile`", "rival": "", "ours": "ours"}
-SPANS = {
-    "16 x 10 x 64": (16, 10, 1, 64, 64),
-    "8 x 10 x 256": (8, 10, 1, 256, 64),
-    "2 x 50 x 512": (2, 50, 1, 512, 64),
-    "1 x 100 x 1,024": (1, 100, 1, 1024, 64),
-    "16 x 9 x 128, own q and k": (16, 9, 9, 128, 64),
-}
-DECODED = {name: SPANS[name] for name in ("8 x 10 x 256", "2 x 50 x 512", "1 x 100 x 1,024")}
-CLASSES = {f"{rows:,} x {n:,}": (rows, n) for rows, n in ((1024, 983), (256, 30938), (8, 1000000), (2048, 8192))}
+SPANS = ((16, 10, 1, 64, 64), (8, 10, 1, 256, 64), (2, 50, 1, 512, 64), (1, 100, 1, 1024, 64), (16, 9, 9, 128, 64))
+DECODED = SPANS[1:4]
+LONGEST = SPANS[3]
+CLASSES = ((1024, 983), (256, 30938), (8, 1000000), (2048, 8192))
 
 
 def filled(page: str, tables: dict[str, str]) -> str:
@@ -55,20 +51,20 @@ def said(contenders: dict[str, Any], contender: str, what: str) -> str:
     return scaled(value["median"] if what == "time" else value, UNITS[what])
 
 
-def comparison(op: str, sizes: dict[str, tuple[int, ...]], first: str, rival: str) -> str:
+def comparison(op: str, sizes: Iterable[tuple[int, ...]], rival: str) -> str:
     """Time of all contenders, and peak memory of eager and ours."""
     found = measured()
     rows = []
-    for name, size in sizes.items():
+    for size in sizes:
         contenders = found[(op, *size)]
         times = [said(contenders, contender, "time") for contender in TIMES]
         memory = [said(contenders, contender, "peak") for contender in ("eager", "ours")]
-        rows.append([name, *times[:-1], f"**{times[-1]}**", memory[0], f"**{memory[1]}**"])
-    return table([first, *({**TIMES, "rival": rival}).values(), "peak memory, eager", "ours"], rows)
+        rows.append([ops()[op].label(size), *times[:-1], f"**{times[-1]}**", memory[0], f"**{memory[1]}**"])
+    return table([ops()[op].axes, *({**TIMES, "rival": rival}).values(), "peak memory, eager", "ours"], rows)
 
 
 def claim() -> str:
-    of = measured()[("pointer_loss", *SPANS["1 x 100 x 1,024"])]
+    of = measured()[("pointer_loss", *LONGEST)]
     eager, ours = (f"{said(of, c, 'time')} and {said(of, c, 'peak')}" for c in ("eager", "ours"))
     return (
         f"**A document of 1,024 tokens and 100 types, on two CPU cores: loss and gradients take {eager} in eager "
@@ -92,11 +88,10 @@ def whole_step() -> str:
 
 def tables() -> dict[str, str]:
     """Of README.md."""
-    shape = "sentences x heads x tokens"
     return {
         "claim": claim(),
-        "spans": comparison("pointer_loss", SPANS, shape, "the usual head, sparse labels"),
-        "decoding": comparison("pointer_decode", DECODED, shape, "the usual way, `np.where`"),
-        "classes": comparison("zlpr_loss", CLASSES, "scores", "the usual formula"),
+        "spans": comparison("pointer_loss", SPANS, "the usual head, sparse labels"),
+        "decoding": comparison("pointer_decode", DECODED, "the usual way, `np.where`"),
+        "classes": comparison("zlpr_loss", CLASSES, "the usual formula"),
         "step": whole_step(),
     }

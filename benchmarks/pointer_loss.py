@@ -72,6 +72,8 @@ OP = Op(
     make_inputs=make_inputs,
     differentiate=("q", "k", "start", "end"),
     rival=rival,
+    axes=pointer_scores.AXES,
+    label=pointer_scores.label,
     rival_inputs=rival_inputs,
     matrix_flops=matrix_flops,
 )

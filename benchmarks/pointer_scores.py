@@ -20,6 +20,13 @@ SHAPES = (
     Shape((16, 50, 1, 512, 64), "write bandwidth of a GPU", devices=("cuda",)),
 )
 
+AXES = "sentences x heads x tokens"
+
+
+def label(size: tuple[int, ...]) -> str:
+    batch, heads, own_heads, length, _ = size
+    return f"{batch} x {heads:,} x {length:,}" + (", own q and k" if own_heads > 1 else "")
+
 
 def make_inputs(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Inputs:
     batch, heads, own, length, head_size = size
@@ -50,5 +57,7 @@ OP = Op(
     make_inputs=make_inputs,
     differentiate=("q", "k", "start", "end"),
     rival=rival,
+    axes=AXES,
+    label=label,
     outputs=lambda size: size[0] * size[1] * size[3] ** 2,
 )

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import platform
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flashpointer.agreement import Agreement
 
-from .measure import Ceilings, Failure, Measurement, Result, Timing
+from .measure import Ceilings, Failure, Measurement, Result, Timing, keep_memory, memory_of
 from .suite import Case, dtype_name, ops
 
 # Imported where they are used: the numbers need neither.
@@ -46,6 +46,8 @@ def conditions(device: torch.device, taken: float | None) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
+        "memory": scaled(memory_of(device), BYTES),
+        "allocator": keep_memory(),
         "other processes": "not watched" if taken is None else f"took {taken:.0%} of the CPU meanwhile",
         "torch": torch.__version__,
         "triton": triton_version(),
@@ -298,58 +300,72 @@ def plots(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def figure(results: list[Result], header: dict[str, str]) -> Figure:
-    """Time above, peak memory below, of forward + backward at each shape of an op in a dtype."""
+    """How many times our time and peak memory each contender takes: a line of dots for each shape."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
-    name, case = next(iter(results[0].passes)), results[0].case
-    canvas = Figure(figsize=(max(8, 1 + 2 * len(results)), 8), layout="constrained")
-    canvas.suptitle(f"{case.op.name}, {dtype_name(case.dtype)}, {header['device']}", weight="bold", size=13)
-    time, memory = canvas.subplots(2, 1)
-    bars(time, results, name, "time", SECONDS)
-    time.set_ylabel(name)
-    keys = [Patch(color=colour, label=contender) for contender, colour in COLOURS.items()]
-    time.legend(handles=keys, ncols=len(keys), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-    bars(memory, results, name, "peak", BYTES)
-    memory.set_ylabel(f"{name}, peak memory")
-    caption = (
-        "Over a bar: how many times as much as ours. Medians, whiskers from the 20 % to the 80 % quantile.",
-        f"Rival: {rival_name(results[0])}.",
-        f"{header['cpu']}, threads: {header['threads']}; other processes {header['other processes']};"
-        f" torch {header['torch']}, triton {header['triton']}; {header['date']}.",
-    )
-    canvas.supxlabel("\n".join(caption), size=8, color="#555555")
+    name, op = next(iter(results[0].passes)), results[0].case.op
+    canvas = Figure(figsize=(12, 2.6 + 0.5 * len(results)), layout="constrained")
+    title = f"{op.name}, {name}, {dtype_name(results[0].case.dtype)}, {header['device']}"
+    time, memory = canvas.subplots(1, 2, sharey=True)
+    dots(time, results, name, "time", SECONDS)
+    time.set(title="time", ylabel=op.axes)
+    time.set_yticks(range(len(results)), [op.label(result.case.shape.size) for result in results])
+    time.set_ylim(len(results) - 0.5, -0.5)
+    dots(memory, results, name, "peak", BYTES)
+    memory.set_title("peak memory")
+    handles, labels = time.get_legend_handles_labels()
+    names = {"compile": "torch.compile", "rival": "\n".join(wrap(rival_name(results[0]), 70))}
+    canvas.legend(
+        handles, [names.get(label, label) for label in labels], ncols=4, loc="outside upper center", frameon=False,
+        title=title, title_fontproperties={"weight": "bold", "size": 12},
+    )  # fmt: skip
+    canvas.supxlabel(
+        "Times as much as ours, log scale, and ours on the right. Hollow: less than ours. Medians, with lines from the "
+        f"20 % to the 80 % quantile.\n{said_of(header)}", size=8, color="#555555",
+    )  # fmt: skip
     return canvas
 
 
-def bars(axes: Axes, results: list[Result], name: str, what: str, units: Sequence[tuple[float, str]]) -> None:
-    """A group of bars for each result, on a log scale that starts below the lowest."""
-    from matplotlib.ticker import NullFormatter
+def said_of(header: dict[str, str]) -> str:
+    """The conditions, for a caption."""
+    return (
+        f"{header['cpu']}, threads: {header['threads']}; allocator: {header['allocator']}; other processes "
+        f"{header['other processes']}; torch {header['torch']}, triton {header['triton']}; {header['date']}."
+    )
 
-    width = 0.8 / len(COLOURS)
-    tops = []
-    for i, (contender, colour) in enumerate(COLOURS.items()):
-        for x, result in enumerate(results):
-            place = x + (i - (len(COLOURS) - 1) / 2) * width
-            measured = result.passes[name][contender]
-            value, ratio = measured.number(what), result.ratio(name, what, contender)
-            if value is None:
-                axes.text(place, 0.02, "failed", rotation=90, ha="center", transform=axes.get_xaxis_transform())
+
+def dots(axes: Axes, results: list[Result], name: str, what: str, units: Sequence[tuple[float, str]]) -> None:
+    """A line of dots for each result, by what each contender takes over what ours takes."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.axvline(1.0, color=COLOURS["ours"], label="ours")
+    for contender in OTHERS:
+        axes.plot([], [], "o", color=COLOURS[contender], label=contender)
+        for y, result in enumerate(results):
+            ratio, time = result.ratio(name, what, contender), result.passes[name][contender].time
+            if ratio is None:
                 continue
-            axes.bar(place, value, width, color=colour)
-            top = value
-            if what == "time" and isinstance(measured.time, Timing):
-                axes.vlines(place, measured.time.low, measured.time.high, color="black", linewidth=0.8)
-                top = measured.time.high
-            tops.append(top)
-            text = scaled(value, units) if contender == "ours" else "" if ratio is None else f"{short(ratio)}x"
-            axes.annotate(text, (place, top), (0, 2), textcoords="offset points", ha="center", size=7)
-    axes.set_yscale("log")
-    axes.set_ylim(10 ** math.floor(math.log10(min(tops, default=1) / 2)), max(tops, default=1) * 2)
-    axes.yaxis.set_major_formatter(tick(units))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(-0.6, len(results) - 0.4)
-    axes.set_xticks(range(len(results)), [str(result.case.shape) for result in results])
+            if what == "time" and isinstance(time, Timing):
+                axes.hlines(y, ratio * time.low / time.median, ratio * time.high / time.median, COLOURS[contender])
+            fill = "white" if ratio < 1 else COLOURS[contender]
+            axes.plot(ratio, y, "o", color=COLOURS[contender], markerfacecolor=fill)
+    for y, result in enumerate(results):
+        axes.text(
+            1.02, y, ours_said(result, name, what, units), transform=axes.get_yaxis_transform(), va="center", size=9
+        )
+    axes.set_xscale("log")
+    least, most = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if most / least > 50 else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}x")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd")
+    axes.grid(color="#dddddd")
     axes.set_axisbelow(True)
+
+
+def ours_said(result: Result, name: str, what: str, units: Sequence[tuple[float, str]]) -> str:
+    """Our own number, and who has none beside it."""
+    measured = result.passes[name]
+    ours = measured["ours"].number(what)
+    failed = [c for c in OTHERS if measured[c].number(what) is None]
+    return ("failed" if ours is None else scaled(ours, units)) + "".join(f"\n{c} failed" for c in failed)

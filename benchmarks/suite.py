@@ -43,6 +43,8 @@ class Op:
     make_inputs: Callable[[tuple[int, ...], torch.dtype, torch.device], Inputs]  # random, by argument name
     differentiate: tuple[str, ...]
     rival: Callable[..., object]
+    axes: str = "rows x classes"  # what the label of a size counts
+    label: Callable[[tuple[int, ...]], str] = lambda size: " x ".join(f"{n:,}" for n in size)
     rival_inputs: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what the rival takes in their place
     # of a size, the numbers that the op returns: written in forward, and their gradients read in backward
     outputs: Callable[[tuple[int, ...]], int] = lambda size: 1

@@ -40,7 +40,7 @@ import flashpointer as fp
 
 sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.growth import SCORE_TENSORS
-from benchmarks.measure import Measurement, OtherProcesses, Run, measure_runs
+from benchmarks.measure import Measurement, OtherProcesses, Run, keep_memory, measure_runs
 from benchmarks.report import cell, conditions
 
 SENTENCES, DOCUMENTS = 16, 4  # in a batch
@@ -272,6 +272,7 @@ def main() -> None:
             raise InputError(f"--documents {length}: a batch takes {DOCUMENTS}; {source} makes {len(documents)}")
         plans[f"{DOCUMENTS} documents of {length:,}"] = documents, DOCUMENTS
 
+    keep_memory()
     others, cases, records = OtherProcesses(), [], []
     for name, (examples, size) in plans.items():
         batch = batch_of(tokenizer, examples, types, size, options.seed)
