@@ -60,27 +60,27 @@ def _read_json(path: Path) -> Iterator[Sentence]:
 
 
 def _read_columns(path: Path) -> Iterator[Sentence]:
-    """Sentences between blank lines; lines that start with -DOCSTART- are left out. Tags are read as the CoNLL scorer
-    does: an I that continues nothing begins an entity."""
-    sentence, is_open = Sentence([], []), False
+    """Sentences between blank lines; lines that start with -DOCSTART- are left out, and comments: a # and no tag."""
+    tokens: list[str] = []
+    tags: list[str] = []
     for where, line in itertools.chain(read_lines(path), [("its end", "")]):
         columns = [column for column in line.strip().split("\t" if "\t" in line else " ") if column]
         if not columns or columns[0] == "-DOCSTART-":
-            if sentence.tokens:
-                yield sentence
-            sentence, is_open = Sentence([], []), False
+            if tokens:
+                yield Sentence(tokens, fp.spans.from_tags([tags])[0])
+            tokens, tags = [], []
             continue
+        try:
+            fp.spans.from_tags([columns[-1:]])
+        except ValueError as error:
+            if columns[0].startswith("#"):
+                continue
+            takes = str(error).partition(" takes ")[2]
+            raise InputError(f"{where}: column {len(columns)}, the last, takes {takes}") from None
         if len(columns) == 1:
             raise InputError(f"{where}: takes a token and its tag; got {line.strip()!r}")
-        tag = re.fullmatch(r"O()|([BIMESLU])-(.+)", columns[-1])
-        if not tag:
-            raise InputError(f"{where}: a tag takes O, or B-, I-, M-, E-, L-, S- or U- and a type; got {columns[-1]!r}")
-        prefix, kind, here = tag[2] or "O", tag[3], len(sentence.tokens)
-        if prefix != "O":
-            goes_on = is_open and prefix in "IMEL" and sentence.spans[-1][0] == kind
-            sentence.spans.append((kind, sentence.spans.pop()[1] if goes_on else here, here))
-        sentence.tokens.append(columns[0])
-        is_open = prefix in "BIM"
+        tokens.append(columns[0])
+        tags.append(columns[-1])
 
 
 def encode(tokenizer: Any, sentences: Sequence[Sentence], types: Sequence[str], max_length: int) -> tuple[Any, ...]:

@@ -72,6 +72,7 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "from_lists": (fp.spans.from_lists, {"sentences": LISTS, "heads": ["PER"]}),
     "from_offsets": (fp.spans.from_offsets, {"sentences": LISTS, "offset_mapping": [[(0, 2)]], "heads": ["PER"]}),
     "from_words": (fp.spans.from_words, {"sentences": LISTS, "word_ids": [[0, 1]], "heads": ["PER"]}),
+    "from_tags": (fp.spans.from_tags, {"tags": [["B-PER"]]}),
     "from_utf16": (fp.spans.from_utf16, {"sentences": LISTS, "texts": ["ab"]}),
     "to_entities": (fp.spans.to_entities, {**ONE, "offset_mapping": [[(0, 2)]], "texts": ["ab"]}),
     "to_words": (fp.spans.to_words, {**ONE, "word_ids": [[0]], "words": [["a"]]}),
@@ -92,7 +93,19 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CALLABLES)
 def test_every_argument_of_what_else_there_is(name: str, wrong: str) -> None:
     function, right = CALLABLES[name]
-    of_lists = ("sentences", "examples", "heads", "lengths", "texts", "offset_mapping", "word_ids", "words", "windows")
+    of_lists = (
+        "sentences",
+        "tags",
+        "names",
+        "examples",
+        "heads",
+        "lengths",
+        "texts",
+        "offset_mapping",
+        "word_ids",
+        "words",
+        "windows",
+    )
     for argument in inspect.signature(function).parameters:
         if (wrong == "a long list" and argument in of_lists) or (
             wrong == "a long string" and argument in ("prefix", "key")

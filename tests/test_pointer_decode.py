@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashpointer as fp
+from flashpointer.agreement import relative_error
 from flashpointer.tiled import pointer_decode as tiles
 
 from .conftest import INTERPRETED, Place
@@ -459,9 +460,24 @@ def test_thresholds_in_any_form(backend: str) -> None:
 
 def test_max_spans_with_a_threshold_for_each_head_says_so(place: Place) -> None:
     inputs = tensors((2, 2, 20, 8), True, torch.float32, place.device)
-    count = len(fp.pointer_decode(**inputs, threshold=[0.0, 1.0])[0])
+    found = fp.pointer_decode(**inputs, threshold=[0.0, 1.0])
+    count, above_the_least = len(found[0]), len(fp.pointer_decode(**inputs, threshold=0.0)[0])
     with pytest.warns(UserWarning, match=f"{count} spans are above the thresholds of their heads; the first 7"):
         fp.pointer_decode(**inputs, threshold=[0.0, 1.0], max_spans=7)
+    for enough in (count, above_the_least - 1, above_the_least):  # and no warning
+        spans, scores = fp.pointer_decode(**inputs, threshold=[0.0, 1.0], max_spans=enough)
+        assert torch.equal(spans, found[0])
+        assert relative_error(scores, found[1]) < 1e-6  # tiles serve where it is less than above the least
+
+
+def test_an_untrained_head_does_not_fill_the_memory() -> None:
+    head = fp.nn.EfficientGlobalPointer(8, heads=6, head_size=4)
+    hidden = 9 * torch.randn(1, 500, 8)
+    with pytest.warns(UserWarning, match="the first 250,000 are returned, as max_spans asks"):
+        spans, _ = head.decode(hidden, threshold=-100.0)
+    everything, _ = head.decode(hidden, threshold=-100.0, max_spans=None)
+    assert torch.equal(spans, everything[:250_000])
+    assert len(everything) > 700_000
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"non_overlapping": True}, {"threshold": 1e9}], ids=str)

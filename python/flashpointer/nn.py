@@ -13,6 +13,8 @@ from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
 from .ops.zlpr_loss import zlpr_loss
 
+MAX_SPANS = 250_000
+
 
 class ZLPRLoss(torch.nn.Module):
     """The ZLPR multi-label loss as a module: see ``flashpointer.zlpr_loss`` for shapes, dtypes and errors.
@@ -118,7 +120,7 @@ class _PointerHead(torch.nn.Module):
         non_overlapping: bool = False,
         non_crossing: bool = False,
         one_label: bool = False,
-        max_spans: int | None = None,
+        max_spans: int | None = MAX_SPANS,
         padded: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The spans whose score is above the threshold, found without storing the scores. On a GPU it waits for the
@@ -127,7 +129,8 @@ class _PointerHead(torch.nn.Module):
         Args:
             hidden, mask, positions: as for ``forward``.
             threshold, top_k, non_overlapping, non_crossing, one_label, max_spans, padded: as for ``pointer_decode``. 0
-                is where the loss puts the threshold.
+                is where the loss puts the threshold. A head that was not trained finds half of all cells; so max_spans
+                is 250,000 unless you say otherwise, and a warning says where it cuts. None for all.
 
         Returns:
             ``(spans, scores)``: int64 ``[S, 4]``, sorted rows (batch, head, start, end), end inclusive; and the score

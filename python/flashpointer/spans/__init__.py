@@ -21,6 +21,7 @@ from .entities import from_utf16, to_entities, to_words
 from .lists import SpanSet, collate, from_lists
 from .offsets import FromOffsets, from_offsets, from_words
 from .padded import flatten, pad
+from .tags import from_tags
 
 __all__ = [
     "FromOffsets",
@@ -32,6 +33,7 @@ __all__ = [
     "from_lists",
     "from_offsets",
     "from_padded",
+    "from_tags",
     "from_utf16",
     "from_words",
     "pad",
