@@ -48,7 +48,7 @@ class SpanConfig(PretrainedConfig):
         head: "EfficientGlobalPointer" or "GlobalPointer" of ``flashpointer.nn``.
         head_options: its arguments behind ``heads``: ``{"head_size": 64, "rope": False, ...}``.
         decoding: what ``decode`` takes: ``{"threshold": 0.5, "non_overlapping": True, ...}``. A model that was not
-            trained finds millions of spans in long texts: to evaluate one, bound them by ``top_k`` or ``max_spans``.
+            trained finds half of all cells; ``max_spans`` bounds them, and ``top_k`` those of each type.
 
     Raises:
         TypeError, ValueError: for types that are no list of strs, or not unique, or a head of another name.

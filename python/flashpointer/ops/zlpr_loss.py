@@ -40,7 +40,7 @@ def zlpr_loss(
         float32, or float64 for float64 scores.
 
     Raises:
-        TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU a label that is none
+        TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU an invalid label
             makes the loss of its row NaN; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error.
         RuntimeError: for second derivatives, forward mode, and torch.func but vmap.
 
