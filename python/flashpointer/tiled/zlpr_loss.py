@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..problem import log_one_plus
 from ._tiles import column_tiles, computing_dtype, row_tiles
 
 SAFE = 60.0
@@ -152,7 +153,7 @@ class LogSum:
         assert self.sum is not None
         if self.m is None:
             return torch.log1p(self.sum)
-        return self.m + torch.log1p(self.sum + torch.expm1(-self.m))
+        return log_one_plus(self.m, self.sum)
 
     def share(self, m: torch.Tensor | None) -> torch.Tensor:
         """What turns a tile's e = exp(s - m) into the gradient exp(s - value)."""
