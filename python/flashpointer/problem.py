@@ -1,4 +1,5 @@
-"""What the pointer ops are told beside their tensors, and their spans: below ops and tiles, which both take it."""
+"""What ops and tiles both take, below them: what the pointer ops are told beside their tensors, their spans, the listed
+classes of the linear loss, and the log-sums of the losses on rows."""
 
 from __future__ import annotations
 
@@ -22,6 +23,21 @@ SCHEMA = "Tensor? mask, Tensor? positions, bool rope, bool tril_mask, int? max_w
 """Its fields in the schema of an op."""
 
 
+class LogSums(NamedTuple):
+    """Both terms of the ZLPR loss of each row, over some of its classes: the sum of exponentials is S * exp(m), with
+    m >= 0. The 1 beside it inside the logarithm is not counted in: it stands once, for all classes."""
+
+    m_n: torch.Tensor  # [R], float32 (float64 for float64), as the others: of the negatives
+    S_n: torch.Tensor
+    m_p: torch.Tensor  # of the positives
+    S_p: torch.Tensor
+
+
+def log_one_plus(m: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
+    """log(1 + S * exp(m)) of m >= 0, where S >= 1 if m > 0; to full precision where it is small."""
+    return m + torch.log1p(S + torch.expm1(-m))
+
+
 def flat_rows(spans: torch.Tensor) -> torch.Tensor:
     """Rows (batch, head, start, end) of spans [S, 4], or of [B, P, 3], where padding keeps its negative entry: nothing
     is counted, so a GPU is not waited for, and whoever drops impossible spans drops padding."""
@@ -29,3 +45,30 @@ def flat_rows(spans: torch.Tensor) -> torch.Tensor:
         return spans
     batch = torch.arange(spans.shape[0], device=spans.device).view(-1, 1, 1).expand(*spans.shape[:2], 1)
     return torch.cat([batch, spans], dim=2).flatten(0, 1)
+
+
+class Listed(NamedTuple):
+    """The listed cells of rows and classes (a shard's), each once, sorted by class, then by row.
+
+    There are n = R * P of them always, P of each row, however many count, so that nobody waits for their number: those
+    that do not (padding, listed before, classes of other shards) stand last, at class C.
+    """
+
+    rows: torch.Tensor  # int64 [n]
+    classes: torch.Tensor  # int64 [n], from the shard's first on: 0 .. C - 1, or C where there is no cell
+    labels: torch.Tensor | None  # [n], 0 to 1, or negative for a cell to leave out of both terms; None: all are 1
+
+
+def listed_cells(
+    positives: torch.Tensor, labels: torch.Tensor | None, ignore_index: int, first: int, classes: int
+) -> Listed:
+    """The cells that lists [R, P] name among the classes from ``first`` on; of one listed twice the first counts."""
+    height = max(1, positives.shape[0])
+    rows = torch.arange(positives.shape[0], device=positives.device).unsqueeze(1)
+    local = positives.long() - first
+    here = (local >= 0) & (local < classes) & (positives != ignore_index)
+    cells, order = (torch.where(here, local, classes) * height + rows).flatten().sort(stable=True)
+    again = torch.zeros_like(cells, dtype=torch.bool)
+    again[1:] = cells[1:] == cells[:-1]
+    cells, kept = torch.where(again, classes * height + cells % height, cells).sort(stable=True)
+    return Listed(cells % height, cells // height, None if labels is None else labels.flatten()[order[kept]])
