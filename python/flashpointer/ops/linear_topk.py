@@ -1,0 +1,108 @@
+"""``linear_topk``: the best classes of each row, without the scores."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .. import backends, reference
+from . import _checks, _register
+
+OP = "linear_topk"
+
+
+class TopK(NamedTuple):
+    """The best classes of each row, the best first."""
+
+    scores: torch.Tensor
+    """``[..., k]``, float32, or float64 for float64."""
+    classes: torch.Tensor
+    """int64 ``[..., k]``."""
+
+
+def linear_topk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    k: int,
+    threshold: float | None = None,
+) -> TopK:
+    """The k best classes of each row by ``hidden @ weight.T + bias``, and their scores.
+
+    The scores of all classes are not stored: a tile of them at a time, and of each row the best so far. What is given
+    in float16 or bfloat16 is multiplied and summed in float32, whatever autocast says. On a GPU nothing waits for it.
+
+    Args:
+        hidden: ``[..., D]``, float16, bfloat16, float32 or float64.
+        weight: ``[C, D]``, on the device and, outside of autocast, in the dtype of hidden. C may be 0.
+        bias: ``[C]``, likewise.
+        k: how many, at least 1.
+        threshold: only classes whose score is above it: 0 is where ``linear_zlpr_loss`` puts it.
+
+    Returns:
+        ``TopK(scores, classes)``, sorted by falling score; of equal scores the lower class is the better one, and a NaN
+        is above all, as in ``torch.topk``. Where fewer than k classes are there, or above the threshold, class -1 with
+        a score of -inf stands behind them. Neither has a gradient.
+
+    Raises:
+        TypeError, ValueError: for an argument of wrong type, shape, device or value.
+        RuntimeError: for forward mode, and torch.func but vmap.
+    """
+    _checks.check_tensor(OP, "hidden", hidden, "a floating-point tensor [..., D]", _checks.FLOATS)
+    if hidden.dim() == 0:
+        raise ValueError(f"{OP}: hidden takes at least one dimension, D; got {_checks.describe(hidden)}")
+    size = hidden.shape[-1]
+    _check_parameter("weight", weight, hidden, f"[C, {size}]")
+    if weight.dim() != 2 or weight.shape[1] != size:
+        raise ValueError(f"{OP}: weight takes [C, {size}], as hidden has D {size}; got {_checks.describe(weight)}")
+    if bias is not None:
+        _check_parameter("bias", bias, hidden, "[C]")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{OP}: bias takes [{len(weight)}], as weight has C; got {_checks.describe(bias)}")
+    if not _checks.is_int(k, 1):
+        raise ValueError(f"{OP}: k takes an int of at least 1; got {_checks.describe(k)}")
+    if threshold is not None and not _checks.is_number(threshold):
+        raise ValueError(f"{OP}: threshold takes a number, or None; got {_checks.describe(threshold)}")
+    backend = _checks.choose_backend(OP, hidden, weight, bias)
+    hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))  # type: ignore[assignment]
+    with torch.no_grad(), _checks.without_autocast(hidden):
+        scores, classes = (reference.linear_topk if backend == "reference" else _op)(hidden, weight, bias, k)
+        if threshold is not None:
+            above = scores > threshold
+            scores, classes = torch.where(above, scores, -torch.inf), torch.where(above, classes, -1)
+    return TopK(scores, classes)
+
+
+def _check_parameter(name: str, value: object, hidden: torch.Tensor, shape: str) -> None:
+    _checks.check_tensor(OP, name, value, f"a floating-point tensor {shape}", _checks.FLOATS)
+    assert isinstance(value, torch.Tensor)
+    if value.device != hidden.device:
+        raise ValueError(f"{OP}: {name} takes {hidden.device}, where hidden is; got {_checks.describe(value)}")
+    if value.dtype != hidden.dtype and not _checks.in_autocast(hidden):
+        takes = f"{hidden.dtype}, as hidden is, or autocast"
+        raise ValueError(f"{OP}: {name} takes {takes}; got {_checks.describe(value)}")
+
+
+def _compute(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By tiles on every device: their products are as fast as any, and the rest is small."""
+    *lead, size = hidden.shape
+    rows = hidden.reshape(math.prod(lead), size)
+    scores, classes = backends.implementation(OP, "tiled").forward(rows, weight, bias, k)
+    return scores.view(*lead, k), classes.view(*lead, k)
+
+
+def _fake(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape, dtype = (*hidden.shape[:-1], k), torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty(shape, dtype=dtype), hidden.new_empty(shape, dtype=torch.int64)
+
+
+_op = _register.register(
+    "linear_topk(Tensor hidden, Tensor weight, Tensor? bias, int k) -> (Tensor scores, Tensor classes)", _compute, _fake
+)
