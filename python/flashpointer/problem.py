@@ -1,4 +1,5 @@
-"""What the pointer ops are told beside their tensors, and their spans: below ops and tiles, which both take it."""
+"""What ops and tiles both take, below them: what the pointer ops are told beside their tensors, their spans, and the
+log-sums of the losses on rows."""
 
 from __future__ import annotations
 
@@ -20,6 +21,21 @@ class Problem(NamedTuple):
 
 SCHEMA = "Tensor? mask, Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale"
 """Its fields in the schema of an op."""
+
+
+class LogSums(NamedTuple):
+    """Both terms of the ZLPR loss of each row, over some of its classes: the sum of exponentials is S * exp(m), with
+    m >= 0. The 1 beside it inside the logarithm is not counted in: it stands once, for all classes."""
+
+    m_n: torch.Tensor  # [R], float32 (float64 for float64), as the others: of the negatives
+    S_n: torch.Tensor
+    m_p: torch.Tensor  # of the positives
+    S_p: torch.Tensor
+
+
+def log_one_plus(m: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
+    """log(1 + S * exp(m)) of m >= 0, where S >= 1 if m > 0; to full precision where it is small."""
+    return m + torch.log1p(S + torch.expm1(-m))
 
 
 def flat_rows(spans: torch.Tensor) -> torch.Tensor:
