@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import flashpointer as fp
 from flashpointer.tiled import linear_topk as tiles
 
 from .conftest import Place
+from .processes import in_ranks
 from .test_memory import DEVICES, peak
 
 
@@ -189,8 +191,8 @@ def test_fullgraph(backend: str) -> None:
 def test_opcheck(dtype: torch.dtype, place: Place) -> None:
     hidden, weight, bias = problem(6, 30, 4, dtype, place.device)
     op = torch.ops.flashpointer.linear_topk.default
-    torch.library.opcheck(op, (hidden.view(2, 3, 4).transpose(0, 1), weight, None, 3))
-    torch.library.opcheck(op, (hidden, weight, bias, 40))
+    torch.library.opcheck(op, (hidden.view(2, 3, 4).transpose(0, 1), weight, None, 3, None, 0))
+    torch.library.opcheck(op, (hidden, weight, bias, 40, None, 0))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -203,6 +205,58 @@ def test_small_beside_the_scores(device: str, kind: torch.dtype, R: int, C: int,
     tile = 4 * min(R * C, tiles.CPU_CELLS if device == "cpu" else tiles.CELLS)
     assert peak(lambda **inputs: fp.linear_topk(**inputs).scores, inputs, (), device) <= 2.5 * tile + 2**20
 
+
+# --- classes sharded over ranks --------------------------------------------------------------------------------------
+
+# Of three ranks, or two of them: uneven, empty, and in another order than the ranks.
+CUTS = [
+    [(0, 20), (20, 40), (40, 60)],
+    [(0, 3), (3, 57), (57, 60)],
+    [(0, 60), (60, 60), (60, 60)],
+    [(9, 60), (0, 9), (60, 60)],
+]
+
+
+@in_ranks(2, 3)
+def test_sharded(rank: int, ranks: int) -> None:
+    group = dist.group.WORLD
+    for dtype in (torch.float32, torch.float64):
+        hidden, weight, bias = problem(4, 60, dtype=dtype)
+        bias[50] = -torch.inf
+        for cuts in CUTS:
+            first, stop = cuts[rank]
+            C = max(stop for _, stop in cuts[:ranks])
+            for k, threshold in ((1, None), (5, 1.0), (70, None)):
+                whole = fp.linear_topk(hidden, weight[:C], bias[:C], k=k, threshold=threshold)
+                shard: Any = {"weight": weight[first:stop], "bias": bias[first:stop], "group": group}
+                shard |= {} if cuts == CUTS[0] else {"first_class": first}
+                ours = fp.linear_topk(hidden.view(2, 2, -1), **shard, k=k, threshold=threshold)
+                assert torch.equal(ours.classes.view(4, k), whole.classes)
+                assert torch.equal(ours.scores.view(4, k), whole.scores)
+    empty = fp.linear_topk(hidden[:0], weight[:0], k=2, group=group, first_class=0)
+    assert empty.scores.shape == (0, 2)
+
+
+@in_ranks(2)
+def test_a_sharded_graph(rank: int, ranks: int) -> None:
+    hidden, weight, _ = problem(4, 40)
+    weight = weight.chunk(ranks)[rank]
+    step = lambda hidden, weight: fp.linear_topk(hidden * 2, weight, k=3, group=dist.group.WORLD)  # noqa: E731
+    ours, eager = (f(hidden, weight) for f in (torch.compile(step, fullgraph=True, backend="aot_eager"), step))
+    assert torch.equal(ours.classes, eager.classes)
+    assert torch.equal(ours.scores, eager.scores)
+
+
+@in_ranks(2)
+def test_shards_that_do_not_fit(rank: int, ranks: int) -> None:
+    hidden, weight, _ = problem(4, 40)
+    with pytest.raises(ValueError, match="linear_topk: first_class takes the first class of this rank's shard"):
+        fp.linear_topk(hidden, weight, k=3, group=dist.group.WORLD, first_class=rank)
+    with fp.use_backend("reference"), pytest.raises(ValueError, match="linear_topk: group takes None under the ref"):
+        fp.linear_topk(hidden, weight, k=3, group=dist.group.WORLD)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an integer": (
@@ -225,6 +279,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no k": ({"k": 0}, "k takes an int of at least 1; got int 0"),
     "half a k": ({"k": 2.5}, "k takes an int of at least 1; got float 2.5"),
     "a true k": ({"k": True}, "k takes an int of at least 1; got bool True"),
+    "a group by name": (
+        {"group": "world"},
+        "group takes a torch.distributed.ProcessGroup that this rank is in, or None",
+    ),
+    "a shard of none": ({"first_class": 5}, "first_class takes None without a group; got int 5"),
     "NaN": ({"threshold": float("nan")}, "threshold takes a number, or None; got float nan"),
 }
 
