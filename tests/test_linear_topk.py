@@ -264,16 +264,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "hidden takes a floating-point tensor [..., D]; ",
     ),
     "a scalar": ({"hidden": torch.tensor(1.0)}, "hidden takes at least one dimension, D; got"),
-    "other D": ({"weight": torch.ones(5, 3)}, "weight takes [C, 4], as hidden has D 4; got a torch.float32 tensor of"),
-    "one class": ({"weight": torch.ones(4)}, "weight takes [C, 4], as hidden has D 4; got a torch.float32 tensor of"),
+    "other D": (
+        {"weight": torch.ones(5, 3)},
+        "weight must be [C, 4], to fit hidden of shape (2, 4); got a torch.float32 tensor",
+    ),
+    "one class": (
+        {"weight": torch.ones(4)},
+        "weight must be [C, 4], to fit hidden of shape (2, 4); got a torch.float32 tensor",
+    ),
     "another dtype": (
         {"weight": torch.ones(5, 4).half()},
         "weight takes torch.float32, as hidden is, or autocast; ",
     ),
-    "another device": ({"weight": torch.ones(5, 4, device="meta")}, "weight takes cpu, where hidden is; got"),
+    "another device": ({"weight": torch.ones(5, 4, device="meta")}, "weight must be on cpu, where hidden is; got"),
     "a long bias": (
         {"bias": torch.ones(6)},
-        "bias takes [5], as weight has C; got a torch.float32",
+        "bias must be [5], to fit weight of shape (5, 4); got",
     ),
     "a list": ({"bias": [0.0] * 5}, "bias takes a floating-point tensor [C]; got list [0.0, 0.0"),
     "no k": ({"k": 0}, "k takes an int of at least 1; got int 0"),

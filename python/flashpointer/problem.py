@@ -1,5 +1,5 @@
-"""What ops and tiles both take, below them: what the pointer ops are told beside their tensors, their spans, and the
-log-sums of the losses on rows."""
+"""What ops and tiles both take, below them: what the pointer ops are told beside their tensors, their spans, the listed
+classes of the linear loss, and the log-sums of the losses on rows."""
 
 from __future__ import annotations
 
@@ -45,3 +45,30 @@ def flat_rows(spans: torch.Tensor) -> torch.Tensor:
         return spans
     batch = torch.arange(spans.shape[0], device=spans.device).view(-1, 1, 1).expand(*spans.shape[:2], 1)
     return torch.cat([batch, spans], dim=2).flatten(0, 1)
+
+
+class Listed(NamedTuple):
+    """The listed cells of rows and classes (a shard's), each once, sorted by class, then by row.
+
+    There are n = R * P of them always, P of each row, however many count, so that nobody waits for their number: those
+    that do not (padding, listed before, classes of other shards) stand last, at class C.
+    """
+
+    rows: torch.Tensor  # int64 [n]
+    classes: torch.Tensor  # int64 [n], from the shard's first on: 0 .. C - 1, or C where there is no cell
+    labels: torch.Tensor | None  # [n], 0 to 1, or negative for a cell to leave out of both terms; None: all are 1
+
+
+def listed_cells(
+    positives: torch.Tensor, labels: torch.Tensor | None, ignore_index: int, first: int, classes: int
+) -> Listed:
+    """The cells that lists [R, P] name among the classes from ``first`` on; of one listed twice the first counts."""
+    height = max(1, positives.shape[0])
+    rows = torch.arange(positives.shape[0], device=positives.device).unsqueeze(1)
+    local = positives.long() - first
+    here = (local >= 0) & (local < classes) & (positives != ignore_index)
+    cells, order = (torch.where(here, local, classes) * height + rows).flatten().sort(stable=True)
+    again = torch.zeros_like(cells, dtype=torch.bool)
+    again[1:] = cells[1:] == cells[:-1]
+    cells, kept = torch.where(again, classes * height + cells % height, cells).sort(stable=True)
+    return Listed(cells % height, cells // height, None if labels is None else labels.flatten()[order[kept]])

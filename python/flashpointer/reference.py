@@ -69,6 +69,28 @@ def sparse_zlpr_loss(
     return zlpr_loss(scores, labels, mask, reduction)
 
 
+def linear_zlpr_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    positives: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    positive_labels: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """``zlpr_loss`` of the scores hidden weight^T + bias, with the labels of the lists in a tensor of the same size."""
+    scores = torch.matmul(_upcast(hidden), _upcast(weight).t())
+    if bias is not None:
+        scores = scores + _upcast(bias)
+    classes = scores.shape[-1]
+    listed = positives.long().reshape(-1, positives.shape[-1])
+    keep = (listed >= 0) & (listed < classes) & (listed != ignore_index)
+    cell = torch.arange(len(listed), device=listed.device).unsqueeze(1) * classes + listed
+    labels = _labels_of_cells(torch.where(keep, cell, scores.numel()), positive_labels, scores.numel())
+    return zlpr_loss(scores, labels.view(scores.shape), reduction=reduction)
+
+
 def zlpr_kl_div(
     scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None = None, reduction: str = "mean"
 ) -> torch.Tensor:
@@ -185,14 +207,18 @@ def _dense_labels(spans: torch.Tensor, span_labels: torch.Tensor | None, scores:
     b, h, m, n = spans.unbind(1)
     inside = (spans >= 0).all(1) & (b < len(scores)) & (h < heads) & (m < length) & (n < length)
     cell = torch.where(inside, ((b * heads + h) * length + m) * length + n, cells)
-    if span_labels is None:
-        labels = torch.zeros(cells + 1, dtype=torch.bool, device=spans.device).index_fill(0, cell, True)
-    else:
-        count = len(spans)
-        unlisted = torch.full((cells + 1,), count, device=spans.device)
-        first = unlisted.scatter_reduce(0, cell, torch.arange(count, device=spans.device), "amin")
-        labels = torch.cat([_upcast(span_labels.flatten()), span_labels.new_zeros(1)])[first]
-    return labels[:cells].view(scores.shape)
+    return _labels_of_cells(cell, span_labels, cells).view(scores.shape)
+
+
+def _labels_of_cells(listed: torch.Tensor, labels: torch.Tensor | None, cells: int) -> torch.Tensor:
+    """The labels [cells], of which a list has some: the first listing of a cell counts, and ``cells`` is none."""
+    listed = listed.flatten()
+    if labels is None:
+        return torch.zeros(cells + 1, dtype=torch.bool, device=listed.device).index_fill(0, listed, True)[:cells]
+    unlisted = torch.full((cells + 1,), len(listed), device=listed.device)
+    order = torch.arange(len(listed), device=listed.device)
+    first = unlisted.scatter_reduce(0, listed, order, "amin")
+    return torch.cat([_upcast(labels.flatten()), labels.new_zeros(1)])[first[:cells]]
 
 
 def pointer_decode(

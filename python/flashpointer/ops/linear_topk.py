@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .. import backends, reference
-from . import _checks, _register, _shards
+from . import _checks, _linear, _register, _shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,17 +60,7 @@ def linear_topk(
         TypeError, ValueError: for an argument of wrong type, shape, device or value.
         RuntimeError: for forward mode, and torch.func but vmap.
     """
-    _checks.check_tensor(OP, "hidden", hidden, "a floating-point tensor [..., D]", _checks.FLOATS)
-    if hidden.dim() == 0:
-        raise ValueError(f"{OP}: hidden takes at least one dimension, D; got {_checks.describe(hidden)}")
-    size = hidden.shape[-1]
-    _check_parameter("weight", weight, hidden, f"[C, {size}]")
-    if weight.dim() != 2 or weight.shape[1] != size:
-        raise ValueError(f"{OP}: weight takes [C, {size}], as hidden has D {size}; got {_checks.describe(weight)}")
-    if bias is not None:
-        _check_parameter("bias", bias, hidden, "[C]")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{OP}: bias takes [{len(weight)}], as weight has C; got {_checks.describe(bias)}")
+    _linear.check(OP, hidden, weight, bias)
     if not _checks.is_int(k, 1):
         raise ValueError(f"{OP}: k takes an int of at least 1; got {_checks.describe(k)}")
     if threshold is not None and not _checks.is_number(threshold):
@@ -93,16 +83,6 @@ def linear_topk(
             above = scores > threshold
             scores, classes = torch.where(above, scores, -torch.inf), torch.where(above, classes, -1)
     return TopK(scores, classes)
-
-
-def _check_parameter(name: str, value: object, hidden: torch.Tensor, shape: str) -> None:
-    _checks.check_tensor(OP, name, value, f"a floating-point tensor {shape}", _checks.FLOATS)
-    assert isinstance(value, torch.Tensor)
-    if value.device != hidden.device:
-        raise ValueError(f"{OP}: {name} takes {hidden.device}, where hidden is; got {_checks.describe(value)}")
-    if value.dtype != hidden.dtype and not _checks.in_autocast(hidden):
-        takes = f"{hidden.dtype}, as hidden is, or autocast"
-        raise ValueError(f"{OP}: {name} takes {takes}; got {_checks.describe(value)}")
 
 
 def _compute(
