@@ -10,13 +10,14 @@ import torch.distributed as dist
 
 from .. import backends, reference
 from ..problem import Listed, LogSums, listed_cells
-from . import _checks, _linear, _register, _rows, _shards
+from . import _checks, _dtensor, _linear, _register, _rows, _shards
 
 OP = "linear_zlpr_loss"
 
 WeightGrad = Callable[[int, torch.Tensor], object]
 
 
+@_dtensor.of_layer("hidden", "weight", "positives", "bias", "positive_labels")
 def linear_zlpr_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -12,11 +12,12 @@ import torch
 from .. import backends, reference
 from ..problem import Problem
 from ..spans.padded import pad, pad_in_order
-from . import _checks, _pointer, _register
+from . import _checks, _dtensor, _pointer, _register
 
 OP = "pointer_decode"
 
 
+@_dtensor.of_sentences("q", "k", "start", "end", "mask", "positions", ragged=True)
 def pointer_decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -131,7 +132,7 @@ def _decode(
         warnings.warn(
             f"{OP}: {count:,} spans are above {above}; the first {max_spans:,} are returned, as "
             "max_spans asks. A higher threshold or top_k leaves fewer, and so does a model that has been trained.",
-            stacklevel=3,
+            stacklevel=4,
         )
     length = max(1, q.shape[-2])
     row = cells // length

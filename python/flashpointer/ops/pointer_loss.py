@@ -8,11 +8,12 @@ import torch
 
 from .. import backends, reference
 from ..problem import Problem
-from . import _checks, _pointer, _register, _rows
+from . import _checks, _dtensor, _pointer, _register, _rows
 
 OP = "pointer_loss"
 
 
+@_dtensor.of_sentences("q", "k", "spans", "start", "end", "mask", "positions", "span_labels")
 def pointer_loss(
     q: torch.Tensor,
     k: torch.Tensor,

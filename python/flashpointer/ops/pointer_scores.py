@@ -8,11 +8,12 @@ import torch
 
 from .. import backends, reference
 from ..problem import Problem
-from . import _checks, _pointer, _register
+from . import _checks, _dtensor, _pointer, _register
 
 OP = "pointer_scores"
 
 
+@_dtensor.of_sentences("q", "k", "start", "end", "mask", "positions")
 def pointer_scores(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 from .. import reference
-from . import _checks, _register, _rows, _shards
+from . import _checks, _dtensor, _register, _rows, _shards
 
 OP = "sparse_zlpr_loss"
 
 
+@_dtensor.of_rows("scores", "positives", "mask", by_class=True)
 def sparse_zlpr_loss(
     scores: torch.Tensor,
     positives: torch.Tensor,

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from . import _checks, _register, _rows
+from . import _checks, _dtensor, _register, _rows
 
 OP = "zlpr_kl_div"
 
 
+@_dtensor.of_rows("scores", "other", "mask")
 def zlpr_kl_div(
     scores: torch.Tensor,
     other: torch.Tensor,

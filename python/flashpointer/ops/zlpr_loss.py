@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 from .. import reference
-from . import _checks, _register, _rows, _shards
+from . import _checks, _dtensor, _register, _rows, _shards
 
 OP = "zlpr_loss"
 
 
+@_dtensor.of_rows("scores", "labels", "mask", by_class=True)
 def zlpr_loss(
     scores: torch.Tensor,
     labels: torch.Tensor,
