@@ -200,11 +200,12 @@ def test_ranks_need_not_all_differentiate(rank: int, ranks: int) -> None:
 
 @in_ranks(*COUNTS)
 def test_one_collective_of_four_numbers_a_row(rank: int, ranks: int) -> None:
+    """But for the one that compares the numbers of rows, on a CPU."""
     shard = torch.randn(3, 5, requires_grad=True)
     with mock.patch.object(_shards, "_collective", wraps=torch.ops._c10d_functional) as collective:
         fp.zlpr_loss(shard, shard > 1, group=dist.group.WORLD).backward()
-    gather, wait = collective.method_calls
-    assert gather[0] == "all_gather_into_tensor" and gather[1][0].shape == (4, 3) and wait[0] == "wait_tensor"
+    assert [call[0] for call in collective.method_calls] == ["all_gather_into_tensor", "wait_tensor"] * 2
+    assert [call[1][0].shape for call in collective.method_calls[::2]] == [(1,), (4, 3)]
 
 
 @in_ranks(*COUNTS)
@@ -232,6 +233,16 @@ def test_a_group_of_some_ranks(rank: int, ranks: int) -> None:
     else:
         with pytest.raises(TypeError, match=r"zlpr_loss: group takes a torch.distributed.ProcessGroup that this rank"):
             fp.zlpr_loss(scores, labels, group=group)
+
+
+@in_ranks(*COUNTS)
+def test_other_rows_raise_on_all_ranks(rank: int, ranks: int) -> None:
+    scores = torch.randn(3 + (rank == 0), 5)
+    for op, given in (("zlpr_loss", scores > 1), ("sparse_zlpr_loss", torch.zeros(len(scores), 2).long())):
+        with pytest.raises(
+            ValueError, match=rf"{op}: scores must have the same rows on all ranks .*; got .* of \[4, 3"
+        ):
+            getattr(fp, op)(scores, given, group=dist.group.WORLD)
 
 
 @in_ranks(*COUNTS)

@@ -61,7 +61,7 @@ def shard_of(op: str, first_class: object, classes: int, group: dist.ProcessGrou
         raise TypeError(f"{op}: first_class takes an int of at least 0, or None; got {_checks.describe(first_class)}")
     first = group.rank() * classes if first_class is None else first_class
     assert isinstance(first, int)
-    if torch.compiler.is_compiling() or not (device.type == "cpu" or backends.CHECK_INDICES):
+    if not _may_compare(device):
         return Shard(first, None)
     here = torch.tensor([first, first + classes], device=device)
     bounds = _gather(here, str(group.group_name)).tolist()
@@ -72,6 +72,22 @@ def shard_of(op: str, first_class: object, classes: int, group: dist.ProcessGrou
         got = _checks.short([f"{start}:{stop}" for start, stop in bounds])
         raise ValueError(f"{op}: first_class takes {takes}; got the shards {got}")
     return Shard(first, stops[-1])
+
+
+def check_rows(op: str, name: str, rows: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raises ValueError on all ranks unless all have as many rows, where ``shard_of`` would check too: libraries of
+    communication hang or abort."""
+    if _may_compare(device):
+        everywhere = _gather(torch.tensor([rows], device=device), str(group.group_name)).flatten().tolist()
+        if len(set(everywhere)) > 1:
+            got = _checks.short(everywhere)
+            raise ValueError(f"{op}: {name} must have the same rows on all ranks of the group; got numbers of {got}")
+
+
+def _may_compare(device: torch.device) -> bool:
+    """Whether the ranks may tell each other what to check: it is small beside the rest on a CPU, and on a GPU it is to
+    wait for the stream, and done on demand."""
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or backends.CHECK_INDICES)
 
 
 def merge(sums: LogSums, group: str) -> LogSums:

@@ -43,6 +43,8 @@ def linear_zlpr_loss(
     linear layer does, and none is repeated. Where that is not to be had (a frozen weight, ``torch.compile``,
     ``retain_graph``), backward computes the scores again.
 
+    Tensors may be DTensors that are sharded by rows or by classes: docs/distributed.md.
+
     Args:
         hidden: ``[..., D]``, float16, bfloat16, float32 or float64: one row for each leading index.
         weight: ``[C, D]``, in the dtype of hidden; under autocast both are cast, as those of a linear layer are.

@@ -47,6 +47,8 @@ def pointer_decode(
     under the reference backend and without non_overlapping, non_crossing and one_label, as PyTorch's own ops on stored
     scores, which ONNX has too. On the meta device it finds nothing.
 
+    Tensors may be DTensors that are sharded by sentences: docs/distributed.md.
+
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
         threshold: 0 is where the loss puts it; -inf gives every valid span whose score is finite. Scores are compared

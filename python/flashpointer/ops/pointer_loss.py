@@ -40,6 +40,8 @@ def pointer_loss(
     Neither the scores nor the labels are ever stored: memory is linear in the length of a sentence, forward and
     backward, and where the heads share q and k, the time hardly depends on their number.
 
+    Tensors may be DTensors that are sharded by sentences: docs/distributed.md.
+
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
         spans: int64 ``[S, 4]``, rows (batch, head, start, end), end inclusive, in any order: ``flashpointer.spans``

@@ -33,6 +33,8 @@ def pointer_scores(
 
     with R the rotary embedding over adjacent pairs, theta_i = 10000 ** (-2i / D).
 
+    Tensors may be DTensors that are sharded by sentences: docs/distributed.md.
+
     Args:
         q, k: ``[B, N, D]``, shared by all heads (Efficient GlobalPointer), or ``[B, H, N, D]`` (GlobalPointer):
             float16, bfloat16, float32 or float64, D even and at most 256. Under autocast they and the biases are cast

@@ -26,6 +26,8 @@ def zlpr_kl_div(
 
         D(s, t) = sum_i (f(s_i) - f(t_i)) (s_i - t_i)
 
+    Tensors may be DTensors that are sharded by rows: docs/distributed.md.
+
     Args:
         scores: ``[..., C]``, float16, bfloat16, float32 or float64.
         other: the same shape and dtype. Gradients flow to both, where they require any.
