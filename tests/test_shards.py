@@ -140,31 +140,6 @@ def test_lists_of_positives(rank: int, ranks: int) -> None:
 
 
 @in_ranks(*COUNTS)
-def test_a_layer_and_its_loss(rank: int, ranks: int) -> None:
-    """Each rank has its rows of weight and bias; the gradient of hidden is everybody's."""
-    differentiate = ("hidden", "weight", "bias")
-    for dtype in DTYPES:
-        for cuts in cuts_of(ranks):
-            for soft in (False, True):
-                listed = positives((4, 50), 6, "cpu")
-                hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((4, 8), (50, 8), (50,)))
-                inputs = {"hidden": hidden, "weight": weight, "bias": bias, "positives": listed, "reduction": "none"}
-                inputs |= {"positive_labels": torch.rand(listed.shape)} if soft else {}
-                shard = {name: inputs[name][cuts[rank] : cuts[rank + 1]] for name in ("weight", "bias")}
-                options, upstream = {"group": dist.group.WORLD, "first_class": cuts[rank]}, torch.randn(4)
-                loss, d_hidden, *d_shard = run(
-                    fp.linear_zlpr_loss, {**inputs, **shard, **options}, differentiate, upstream
-                )
-                assert all(torch.equal(loss, x) and torch.equal(d_hidden, y) for x, y in of_all_ranks((loss, d_hidden)))
-                grads = [torch.cat(x) for x in zip(*of_all_ranks(d_shard), strict=True)]
-                outputs = [loss, d_hidden, *grads]
-                for result in judge(
-                    "linear_zlpr_loss", inputs, outputs, differentiate=differentiate, upstream=upstream
-                ):
-                    assert result.ok, result
-
-
-@in_ranks(*COUNTS)
 def test_no_rows_and_no_classes(rank: int, ranks: int) -> None:
     for shape in ((0, 50), (4, 0)):
         cuts = [min(cut, shape[1]) for cut in cuts_of(ranks)[0]]
