@@ -89,13 +89,14 @@ def _is_flat(name: str, x: torch.Tensor) -> bool:
 
 def _takes(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        signature = inspect.signature(function)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if _any_dtensor(args) or _any_dtensor(kwargs.values()):
-                arguments: dict[str, Any] = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-                return _on_locals(function, kind, arguments)  # type: ignore[no-any-return]
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                return _on_locals(function, kind, bound.arguments)  # type: ignore[no-any-return]
             return function(*args, **kwargs)
 
         return call
@@ -105,7 +106,7 @@ def _takes(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _any_dtensor(arguments: Iterable[object]) -> bool:
     for x in arguments:  # noqa: SIM110 (a loop, and no generator: this runs before every call)
-        if isinstance(x, torch.Tensor) and type(x) not in PLAIN and _is_dtensor(x):
+        if type(x) not in PLAIN and isinstance(x, torch.Tensor) and _is_dtensor(x):
             return True
     return False
 
