@@ -137,6 +137,22 @@ def test_a_layer_and_its_loss(rank: int, ranks: int) -> None:
 
 
 @in_ranks(*COUNTS)
+def test_the_best_classes(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,))
+    layer = {"hidden": torch.randn(5, 8), "weight": torch.randn(7, 8), "bias": torch.randn(7)}
+    expected = fp.linear_topk(**layer, k=3)
+    for by_class in (False, True):
+        shards = {
+            k: placed(x, mesh, Shard(0) if by_class != (k == "hidden") else Replicate()) for k, x in layer.items()
+        }
+        found = fp.linear_topk(**shards, k=3)
+        assert type(found) is type(expected)
+        for ours, truth in zip(found, expected, strict=True):
+            assert ours.placements == (Replicate() if by_class else Shard(0),)
+            torch.testing.assert_close(ours.full_tensor(), truth)
+
+
+@in_ranks(*COUNTS)
 def test_decoding(rank: int, ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
     inputs = {**any_problem("pointer_scores"), "padded": True}

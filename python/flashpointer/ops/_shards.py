@@ -64,7 +64,7 @@ def shard_of(op: str, first_class: object, classes: int, group: dist.ProcessGrou
     if not _may_compare(device):
         return Shard(first, None)
     here = torch.tensor([first, first + classes], device=device)
-    bounds = _gather(here, str(group.group_name)).tolist()
+    bounds = gather(here, str(group.group_name)).tolist()
     shards = sorted(shard for shard in bounds if shard[0] != shard[1])
     stops = [0, *(stop for _, stop in shards)]
     if [start for start, _ in shards] != stops[:-1]:
@@ -78,7 +78,7 @@ def check_rows(op: str, name: str, rows: int, group: dist.ProcessGroup, device: 
     """Raises ValueError on all ranks unless all have as many rows, where ``shard_of`` would check too: libraries of
     communication hang or abort."""
     if _may_compare(device):
-        everywhere = _gather(torch.tensor([rows], device=device), str(group.group_name)).flatten().tolist()
+        everywhere = gather(torch.tensor([rows], device=device), str(group.group_name)).flatten().tolist()
         if len(set(everywhere)) > 1:
             got = _checks.short(everywhere)
             raise ValueError(f"{op}: {name} must have the same rows on all ranks of the group; got numbers of {got}")
@@ -92,7 +92,7 @@ def _may_compare(device: torch.device) -> bool:
 
 def merge(sums: LogSums, group: str) -> LogSums:
     """The log-sums of all shards from those of this rank's: a collective, once for a forward."""
-    return merged(_gather(torch.stack(sums), group))
+    return merged(gather(torch.stack(sums), group))
 
 
 def merged(parts: torch.Tensor) -> LogSums:
@@ -121,8 +121,8 @@ def add_up(x: torch.Tensor, group: str) -> torch.Tensor:
     return x
 
 
-def _gather(x: torch.Tensor, group: str) -> torch.Tensor:
-    """[ranks, *x.shape], in the order of the ranks."""
+def gather(x: torch.Tensor, group: str) -> torch.Tensor:
+    """[ranks, *x.shape] of x, contiguous and of one shape, in the order of the ranks: a collective."""
     ranks = dist.distributed_c10d._get_group_size_by_name(group)  # type: ignore[arg-type]
     if x.numel() == 0:
         return x.new_empty((ranks, *x.shape))

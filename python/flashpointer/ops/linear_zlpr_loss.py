@@ -169,7 +169,7 @@ def _refuse(name: str, takes: str, values: torch.Tensor, wrong: torch.Tensor) ->
 def _check_ranks(hidden: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Raises ValueError on all ranks unless all of them, or none, will wait for the gradient of hidden."""
     wants = torch.tensor([int(_register.wants_gradient(hidden))], device=hidden.device)
-    on_ranks = _shards._gather(wants, str(group.group_name)).flatten().tolist()
+    on_ranks = _shards.gather(wants, str(group.group_name)).flatten().tolist()
     if len(set(on_ranks)) > 1:
         got = _checks.short([bool(wants) for wants in on_ranks])
         raise ValueError(f"{OP}: hidden must require a gradient on all ranks of the group or on none; got {got}")
