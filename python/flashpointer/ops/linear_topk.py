@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .. import backends, reference
-from . import _checks, _linear, _register, _shards
+from . import _checks, _dtensor, _linear, _register, _shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,6 +25,7 @@ class TopK(NamedTuple):
     """int64 ``[..., k]``."""
 
 
+@_dtensor.of_layer("hidden", "weight", "bias")
 def linear_topk(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -39,6 +40,8 @@ def linear_topk(
 
     The scores of all classes are not stored: a tile of them at a time, and of each row the best so far. What is given
     in float16 or bfloat16 is multiplied and summed in float32, whatever autocast says. On a GPU nothing waits for it.
+
+    Tensors may be DTensors that are sharded by rows or by classes: docs/distributed.md.
 
     Args:
         hidden: ``[..., D]``, float16, bfloat16, float32 or float64.
@@ -103,7 +106,7 @@ def _best_of_ranks(
     """The best [R, k] of those of each rank, whose shards may be in any order: by class, then, stably, by score."""
     last = torch.iinfo(torch.int64).max
     classes = torch.where(classes < 0, last, classes + first)
-    scores, classes = (_shards._gather(x, group).transpose(0, 1).flatten(1) for x in (scores, classes))
+    scores, classes = (_shards.gather(x, group).transpose(0, 1).flatten(1) for x in (scores, classes))
     classes, order = classes.sort(dim=1)
     scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
     classes = classes.gather(1, order)
