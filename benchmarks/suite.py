@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Op:
     rival: Callable[..., object]
     axes: str = "rows x classes"  # what the label of a size counts
     label: Callable[[tuple[int, ...]], str] = lambda size: " x ".join(f"{n:,}" for n in size)
+    options: tuple[tuple[str, Any], ...] = ()  # that every contender takes, besides the inputs
     rival_inputs: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what the rival takes in their place
     # of a size, the numbers that the op returns: written in forward, and their gradients read in backward
     outputs: Callable[[tuple[int, ...]], int] = lambda size: 1
@@ -85,13 +87,20 @@ class Case:
         return compare(self.op.name, self.inputs(), differentiate=self.op.differentiate)
 
     def contenders(self) -> dict[str, Contender]:
-        eager = self.op.eager or getattr(flashpointer.reference, self.op.name)
+        eager, rival, ours = (
+            partial(function, **dict(self.op.options))
+            for function in (
+                self.op.eager or getattr(flashpointer.reference, self.op.name),
+                self.op.rival,
+                getattr(flashpointer, self.op.name),
+            )
+        )
         return {
             "eager": Contender(eager),
             # Static shapes are its best case. A half-compiled loss is an error; a decoder cannot be one graph.
             "compile": Contender(torch.compile(eager, fullgraph=bool(self.op.differentiate), dynamic=False)),
-            "rival": Contender(self.op.rival, self.op.rival_inputs),
-            "ours": Contender(getattr(flashpointer, self.op.name)),
+            "rival": Contender(rival, self.op.rival_inputs),
+            "ours": Contender(ours),
         }
 
     def least_bytes(self, inputs: Inputs, backward: bool) -> int:

@@ -115,6 +115,30 @@ def labels(seed: int, train: int = 2000, dev: int = 500) -> tuple[list[Text], li
     return [text() for _ in range(train)], [text() for _ in range(dev)]
 
 
+# --- very many labels ----------------------------------------------------------------------------------------------
+
+LabelledTexts = list[tuple[str, list[int]]]
+
+
+def many_labels(
+    seed: int, labels: int = 1 << 17, train: int = 40000, dev: int = 2000
+) -> tuple[LabelledTexts, LabelledTexts, int]:
+    """Texts of a tree of labels, where n stands below n // 8: a label, and all above it. Each gives the text a word
+    that it shares with others."""
+    rng = random.Random(seed)
+
+    def text() -> tuple[str, list[int]]:
+        path = [rng.randrange(1, labels)]
+        while path[-1] >= 8:
+            path.append(path[-1] // 8)
+        words = [f"{depth}x{label % 64}" for depth, label in enumerate(reversed(path))]
+        words += rng.choices(FILLERS.split(), k=3)
+        rng.shuffle(words)
+        return " ".join(words), path
+
+    return [text() for _ in range(train)], [text() for _ in range(dev)], labels
+
+
 # --- relations -----------------------------------------------------------------------------------------------------
 
 PREDICATES = ["born in", "works for", "founded", "located in"]

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+SKIPPED = "skipped: "
 _shared: dict[int, list[str]] = {}  # by the number of ranks the steps of all modules that are collected
 
 
@@ -35,8 +36,11 @@ def in_ranks(*counts: int) -> Callable[[Callable[[int, int], None]], Callable[..
         @pytest.mark.parametrize("ranks", counts)
         @functools.wraps(step)
         def test(ranks: int) -> None:
-            for rank, outcome in enumerate(_outcomes(ranks)):
-                assert outcome.get(name, "not reached") == "", f"rank {rank}:\n{outcome.get(name, 'not reached')}"
+            for rank, outcomes in enumerate(_outcomes(ranks)):
+                outcome = outcomes.get(name, "not reached")
+                if outcome.startswith(SKIPPED):
+                    pytest.skip(outcome.removeprefix(SKIPPED))
+                assert outcome == "", f"rank {rank}:\n{outcome}"
 
         del test.__wrapped__  # whose arguments pytest would take for fixtures
         test.step = step  # type: ignore[attr-defined]
@@ -45,45 +49,36 @@ def in_ranks(*counts: int) -> Callable[[Callable[[int, int], None]], Callable[..
     return decorate
 
 
-def run(ranks: int, step: Callable[..., None], *arguments: object) -> None:
-    """Runs ``step(rank, *arguments)`` in processes of its own; raises what it raises in any."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_member, (ranks, folder, step, arguments), nprocs=ranks)
-
-
-def _member(rank: int, ranks: int, folder: str, step: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    # A rank that waits for one that has failed gives up.
-    patience = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks, timeout=patience)
-    step(rank, *arguments)
-    dist.barrier()
-    # Not by way of destroy_process_group and the interpreter's end: now and then a thread of gloo's outlives its
-    # owner there, and the process aborts after all is done.
-    os._exit(0)
-
-
 @functools.cache
 def _outcomes(ranks: int) -> list[dict[str, str]]:
     """Of each rank, by step, what it raised or nothing. After a failure a rank goes on no further."""
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(Exception):  # which the steps themselves have told
-            run(ranks, _steps, ranks, folder, _shared[ranks])
+            torch.multiprocessing.spawn(_member, (ranks, folder, _shared[ranks]), nprocs=ranks)
         files = [Path(folder, str(rank)) for rank in range(ranks)]
         return [torch.load(file) if file.exists() else {} for file in files]
 
 
-def _steps(rank: int, ranks: int, folder: str, names: list[str]) -> None:
+def _member(rank: int, ranks: int, folder: str, names: list[str]) -> None:
+    # A rank that waits for one that has failed gives up.
+    patience = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks, timeout=patience)
     outcomes: dict[str, str] = {}
-    torch.use_deterministic_algorithms(True)  # and with it NaN in every new tensor
     for name in names:
         module, _, step = name.partition(":")
         torch.manual_seed(0)
+        torch.use_deterministic_algorithms(True)  # and with it NaN in every new tensor
         try:
             getattr(importlib.import_module(module), step).step(rank, ranks)
+            outcomes[name] = ""
+        except pytest.skip.Exception as skipped:
+            outcomes[name] = f"{SKIPPED}{skipped}"
         except BaseException:
             outcomes[name] = traceback.format_exc()
             raise
-        else:
-            outcomes[name] = ""
         finally:
             torch.save(outcomes, Path(folder, str(rank)))
+    dist.barrier()
+    # Not by way of destroy_process_group and the interpreter's end: now and then a thread of gloo's outlives its
+    # owner there, and the process aborts after all is done.
+    os._exit(0)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 
 import flashpointer as fp
-from flashpointer.agreement import relative_error
+from flashpointer.agreement import relative_error, run
 
 from .problems import CASES, any_problem, op_of, problem
 from .processes import in_ranks
@@ -110,6 +110,46 @@ def test_two_dimensions_of_a_mesh(rank: int, ranks: int) -> None:
             ([Replicate(), Shard(0)], (Replicate(), Partial())),
         ):
             agree("zlpr_loss", mesh, problem("zlpr_loss", (4, 3, 7)), {"scores": placements}, expected)
+
+
+@in_ranks(*COUNTS)
+def test_a_layer_and_its_loss(rank: int, ranks: int) -> None:
+    """By classes: 7 of them, and the gradient of hidden is whole. By rows: weight and bias have that of all rows in
+    parts, a rank's own in each."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    whole = {"hidden": torch.randn(5, 8), "weight": torch.randn(7, 8), "bias": torch.randn(7)}
+    listed = torch.randint(-1, 7, (5, 3))
+    expected = run(fp.linear_zlpr_loss, {**whole, "positives": listed}, tuple(whole))
+    by_class = {"hidden": Replicate(), "weight": Shard(0), "bias": Shard(0), "positives": Replicate()}
+    by_row = {"hidden": Shard(0), "weight": Replicate(), "bias": Replicate(), "positives": Shard(0)}
+    for placements, of_loss, of_grads in (
+        (by_class, Replicate(), (Replicate(), Shard(0), Shard(0))),
+        (by_row, Partial(), (Shard(0), Partial(), Partial())),
+    ):
+        shards = {k: placed(x, mesh, placements[k]) for k, x in {**whole, "positives": listed}.items()}
+        leaves = [shards[name].requires_grad_() for name in whole]
+        loss = fp.linear_zlpr_loss(**shards)
+        assert loss.placements == (of_loss,)
+        grads = torch.autograd.grad(loss, leaves)
+        assert [grad.placements[0] for grad in grads] == list(of_grads)
+        for ours, truth in zip((loss, *grads), expected, strict=True):
+            assert relative_error(ours.full_tensor(), truth) < 1e-6
+
+
+@in_ranks(*COUNTS)
+def test_the_best_classes(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,))
+    layer = {"hidden": torch.randn(5, 8), "weight": torch.randn(7, 8), "bias": torch.randn(7)}
+    expected = fp.linear_topk(**layer, k=3)
+    for by_class in (False, True):
+        shards = {
+            k: placed(x, mesh, Shard(0) if by_class != (k == "hidden") else Replicate()) for k, x in layer.items()
+        }
+        found = fp.linear_topk(**shards, k=3)
+        assert type(found) is type(expected)
+        for ours, truth in zip(found, expected, strict=True):
+            assert ours.placements == (Replicate() if by_class else Shard(0),)
+            torch.testing.assert_close(ours.full_tensor(), truth)
 
 
 @in_ranks(*COUNTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import flashpointer as fp
 
-from .processes import run
+from .processes import in_ranks
 
 TYPES = ["PER", "LOC"]
 LENGTH = 6
@@ -75,15 +76,15 @@ def test_data_parallel_splits_a_batch() -> None:
 
 
 def _accelerator(rank: int, **options: Any) -> Any:
-    import accelerate
-
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'flashpointer[test]'")
     # As torchrun sets them, where accelerate looks; the process group is there already.
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}
     return accelerate.Accelerator(dataloader_config=accelerate.DataLoaderConfiguration(**options))
 
 
-def _dispatched(rank: int) -> None:
+@in_ranks(2)
+def test_accelerate_dispatches_batches(rank: int, ranks: int) -> None:
     """Rank 0 reads batches of 6 and sends each rank its half."""
     accelerator = _accelerator(rank, dispatch_batches=True, split_batches=True)
     loader = accelerator.prepare(DataLoader([example(i) for i in range(30)], batch_size=6, collate_fn=collate))
@@ -91,13 +92,8 @@ def _dispatched(rank: int) -> None:
     assert seen == [i for first in range(3 * rank, 30, 6) for i in range(first, first + 3)]
 
 
-@pytest.mark.slow
-def test_accelerate_dispatches_batches() -> None:
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'flashpointer[test]'")
-    run(2, _dispatched)
-
-
-def _gathered(rank: int) -> None:
+@in_ranks(2)
+def test_accelerate_gathers_for_metrics(rank: int, ranks: int) -> None:
     """45 sentences, of which the last batch has too few for both ranks, which pads it with others."""
     accelerator = _accelerator(rank)
     loader = accelerator.prepare(DataLoader([example(i) for i in range(45)], batch_size=4, collate_fn=collate))
@@ -106,12 +102,6 @@ def _gathered(rank: int) -> None:
         spans = accelerator.pad_across_processes(batch["labels"], dim=1, pad_index=-100)
         seen += check(*accelerator.gather_for_metrics((batch["input_ids"], spans)))
     assert seen == list(range(45))
-
-
-@pytest.mark.slow
-def test_accelerate_gathers_for_metrics() -> None:
-    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'flashpointer[test]'")
-    run(2, _gathered)
 
 
 def check_evaluation(folder: str, sizes: tuple[int, ...], **options: Any) -> None:
@@ -146,13 +136,9 @@ def test_trainer_computes_metrics_across_batches(tmp_path: Path, options: dict[s
     check_evaluation(str(tmp_path), (1, 4, 13), **options)
 
 
-def _evaluated(rank: int, folder: str) -> None:
+@in_ranks(2)
+def test_trainer_computes_metrics_across_ranks(rank: int, ranks: int) -> None:
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'flashpointer[test]'")
     _accelerator(rank)
-    check_evaluation(folder, (1, 4))
-
-
-@pytest.mark.slow
-def test_trainer_computes_metrics_across_ranks(tmp_path: Path) -> None:
-    for library in ("accelerate", "transformers"):
-        pytest.importorskip(library, reason=f"needs {library}: pip install 'flashpointer[test]'")
-    run(2, _evaluated, str(tmp_path))
+    with tempfile.TemporaryDirectory() as folder:
+        check_evaluation(folder, (1, 4))

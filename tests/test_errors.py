@@ -22,10 +22,13 @@ WRONG: dict[str, Any] = {
     "a nested tensor": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
     "a complex tensor": torch.ones(2, 3, 7, dtype=torch.complex64),
 }
-ALL_OPS = [*OPS, *LINEAR_OPS, "pointer_scores", "pointer_loss", "pointer_decode"]
+ALL_OPS = [*OPS, *LINEAR_OPS, "linear_topk", "pointer_scores", "pointer_loss", "pointer_decode"]
 
 
 def problem(op: str) -> dict[str, Any]:
+    if op == "linear_topk":
+        inputs = any_problem("linear_zlpr_loss")
+        return {"k": 3, **{name: inputs[name] for name in ("hidden", "weight", "bias")}}
     return any_problem("pointer_scores" if op == "pointer_decode" else op)
 
 
@@ -142,6 +145,10 @@ def test_the_meta_device_has_the_shapes(op: str, backend: str | None) -> None:
             assert spans.shape == (0, 4) and spans.dtype == torch.int64
             assert scores.shape == (0,) and scores.dtype == inputs["q"].dtype
             assert fp.pointer_decode(**on_meta, padded=True)[0].shape == (2, 0, 3)
+            return
+        if op == "linear_topk":
+            for x, y in zip(fp.linear_topk(**on_meta), fp.linear_topk(**inputs), strict=True):
+                assert (x.device.type, x.shape, x.dtype) == ("meta", y.shape, y.dtype)
             return
         leaves = [x.requires_grad_() for name, x in on_meta.items() if name in differentiable]
         value, expected = getattr(fp, op)(**on_meta), getattr(fp, op)(**inputs)

@@ -21,8 +21,10 @@ for package in ("accelerate", "transformers"):
     pytest.importorskip(package, reason=f"the examples need {package}: pip install 'flashpointer[examples]'")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-PROGRAMS = ("common", "synthetic", "train_ner", "train_multilabel", "train_relations")
-common, synthetic, train_ner, train_multilabel, train_relations = map(importlib.import_module, PROGRAMS)
+PROGRAMS = ("common", "synthetic", "train_ner", "train_many_labels", "train_multilabel", "train_relations")
+common, synthetic, train_ner, train_many_labels, train_multilabel, train_relations = map(
+    importlib.import_module, PROGRAMS
+)
 
 both_programs = pytest.mark.parametrize("program", [train_ner, train_multilabel], ids=lambda p: p.__name__)
 both_heads = pytest.mark.parametrize("head", ["efficient", "global"])
@@ -538,3 +540,82 @@ def test_r_drop_and_mixup_are_those_of_their_formulas(monkeypatch: pytest.Monkey
     halves = [train_multilabel.bce_loss(x, labels).item() for x in drawn]
     divergence = fp.reference.zlpr_kl_div(drawn[0], drawn[1]).item()
     assert loss == pytest.approx(sum(halves) / 2 + 2 / 4 * divergence, rel=1e-5)
+
+
+# --- very many labels ----------------------------------------------------------------------------------------------
+
+FEW = """
+import functools, sys
+import synthetic, train_many_labels
+train_many_labels.read = functools.partial(synthetic.many_labels, labels=601, train=2000, dev=200)
+train_many_labels.main()
+"""
+
+
+def precision_of(arguments: list[str], folder: Path, launcher: tuple[str, ...] = ()) -> list[float]:
+    """P@1 and P@5 after so many steps on few labels, by processes of their own."""
+    (folder / "few.py").write_text(FEW)
+    command = [sys.executable, *launcher, str(folder / "few.py"), "--size=64", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    return [float(part.split()[1]) for part in last.split(", ") if part.startswith("P@")]
+
+
+@pytest.mark.slow
+def test_very_many_labels_are_learned_by_one_process_and_by_two(tmp_path: Path) -> None:
+    alone = precision_of(["--steps=100"], tmp_path)
+    assert alone[0] > 0.9
+    assert alone[1] > 0.4
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    assert precision_of(["--steps=100"], tmp_path, two)[0] > 0.9
+    assert precision_of(["--steps=100", "--in-backward=adafactor"], tmp_path)[0] > 0.9
+
+
+@pytest.mark.parametrize("classes", [200, 700])
+@pytest.mark.parametrize("name", train_many_labels.BLOCKWISE)
+def test_steps_in_backward_are_those_of_the_optimizer(name: str, classes: int) -> None:
+    """Of one block, which is the whole weight, and of several."""
+    torch.manual_seed(0)
+    make = train_many_labels.BLOCKWISE[name]
+    weight = torch.randn(classes, 16)
+    here, there = (weight.clone().requires_grad_() for _ in range(2))
+    update = train_many_labels.InBackward(here, make)
+    plain = None
+    for _ in range(4):
+        hidden, positives = torch.randn(256, 16), torch.randint(classes, (256, 3))
+        fp.linear_zlpr_loss(hidden.requires_grad_(), here, positives, weight_grad=update).backward()
+        if plain is None:
+            blocks = [b.detach().requires_grad_() for b in there.split([len(b) for b, _ in update.blocks.values()])]
+            assert (len(blocks) > 1) == (classes > 200)
+            plain = make(blocks)
+        (gradient,) = torch.autograd.grad(fp.linear_zlpr_loss(hidden, there, positives), there)
+        for block, part in zip(blocks, gradient.split([len(block) for block in blocks]), strict=True):
+            block.grad = part
+        plain.step()
+        assert here.grad is None
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-6)
+    assert (here - weight).abs().max() > 1e-3
+
+
+def test_codes_come_with_all_above_them() -> None:
+    pytest.importorskip("simple_icd_10_cm", reason="the labels are its codes: pip install 'flashpointer[examples]'")
+    train, dev, labels = train_many_labels.read(0)
+    assert labels > 90_000
+    texts = dict(train)
+    cholera = texts["Cholera due to Vibrio cholerae 01, biovar cholerae"]
+    above = [next(text for text, of in train if of[0] == label) for label in cholera[1:]]
+    assert above[0] == "Cholera"
+    assert above[1].startswith("Intestinal infectious diseases")
+    assert above[2].startswith("Certain infectious and parasitic diseases")
+    assert all(0 <= label < labels for _, of in train + dev for label in of)
+
+
+def test_without_the_codes_labels_are_made_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
+    train, dev, labels = train_many_labels.read(0)
+    assert "simple-icd-10-cm is not installed: the labels are made up" in capsys.readouterr().out
+    assert labels == 1 << 17
+    assert {labels[0] for _, labels in dev} - {labels[0] for _, labels in train}
+    assert train_many_labels.read(1)[0] != train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 from unittest import mock
 
@@ -486,9 +487,14 @@ def test_the_module(place: Place, bias: bool) -> None:
     inputs = layer(20, 9, 300, device=place.device)
     theirs, ours = nn.Linear(9, 300, bias).to(place.device), fp.nn.LinearZLPR(9, 300, bias).to(place.device)
     assert ours.weight.abs().max() <= 1 / 3 and ours.weight.std() > 0.17
-    assert not bias or not ours.bias.any()
+    assert not bias or torch.equal(ours.bias, torch.full_like(ours.bias, -math.log(300)))
     ours.load_state_dict(theirs.state_dict())
     assert torch.equal(ours(inputs["hidden"]), theirs(inputs["hidden"]))
+    best = ours.topk(inputs["hidden"], 5, threshold=0.5)
+    for x, y in zip(
+        best, fp.linear_topk(inputs["hidden"], theirs.weight, theirs.bias, k=5, threshold=0.5), strict=True
+    ):
+        assert torch.equal(x, y)
     loss = ours.loss(inputs["hidden"], inputs["positives"])
     expected = fp.linear_zlpr_loss(inputs["hidden"], theirs.weight, inputs["positives"], theirs.bias)
     assert torch.equal(loss, expected)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import flashpointer as fp
 from flashpointer.metrics import SpanF1
 
-from .processes import run
+from .processes import in_ranks
 
 TYPES = ["PER", "LOC", "ORG"]
 Row = tuple[int, int, int, int]
@@ -87,8 +87,8 @@ def test_nothing() -> None:
     assert SpanF1([]).compute()["f1"] == 0.0
 
 
-def _merged_step(rank: int) -> None:
-    torch.manual_seed(0)
+@in_ranks(2)
+def test_ranks_add_up(rank: int, ranks: int) -> None:
     batches = [[torch.randint(0, 3, (9, 4)) for _ in range(2)] for _ in range(3)]  # of which rank 1 has one
     whole, own = SpanF1(TYPES), SpanF1(TYPES)
     for i, batch in enumerate(batches):
@@ -99,11 +99,6 @@ def _merged_step(rank: int) -> None:
     merged = own.all_reduce()
     assert torch.equal(merged.counts, whole.counts) and merged.compute() == whole.compute()
     assert torch.equal(own.counts, before.counts) and not torch.equal(own.counts, whole.counts)  # may go on counting
-
-
-@pytest.mark.slow
-def test_ranks_add_up() -> None:
-    run(2, _merged_step)
 
 
 def test_predictions_of_trainer() -> None:

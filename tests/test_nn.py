@@ -15,7 +15,7 @@ from flashpointer.agreement import Agreement, relative_error
 from flashpointer.spans import to_dense
 
 from .conftest import Place
-from .processes import run
+from .processes import in_ranks
 
 BATCH, LENGTH, HIDDEN, HEADS, SIZE = 4, 7, 12, 3, 8
 HEAD_TYPES = {
@@ -266,8 +266,9 @@ def test_repr() -> None:
         assert part in repr(head)
 
 
-def _parallel_step(rank: int) -> None:
-    """One of two processes: its half of the batch must give the gradient of the whole."""
+@in_ranks(2)
+def test_data_parallel(rank: int, ranks: int) -> None:
+    """Each rank's half of the batch must give the gradient of the whole."""
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -278,7 +279,6 @@ def _parallel_step(rank: int) -> None:
         def forward(self, tokens: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
             return self.head.loss(self.encoder(tokens), spans, tokens != 0)
 
-    torch.manual_seed(0)
     model, tokens = Model(), torch.randint(50, (4, LENGTH))
     spans = torch.tensor([[0, 1, 2, 3], [2, 0, 1, 1], [3, 2, 0, 5]])
     whole = copy.deepcopy(model)
@@ -288,11 +288,6 @@ def _parallel_step(rank: int) -> None:
     parallel(tokens[2 * rank : 2 * rank + 2], own).backward()
     for parameter, expected in zip(model.parameters(), whole.parameters(), strict=True):
         assert relative_error(parameter.grad, expected.grad) < 1e-5
-
-
-@pytest.mark.slow
-def test_data_parallel() -> None:
-    run(2, _parallel_step)
 
 
 # --- heads without parameters -------------------------------------------------------------------------------------
@@ -356,7 +351,8 @@ def test_traced_scores(kind: str) -> None:
         torch.testing.assert_close(traced(hidden, mask), head(hidden, mask))
 
 
-def _flattened_step(rank: int) -> None:
+@in_ranks(2)
+def test_fsdp1_with_its_defaults(rank: int, ranks: int) -> None:
     """FSDP1 by its defaults keeps one flat parameter and leaves the layers tensors that are none."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -369,7 +365,6 @@ def _flattened_step(rank: int) -> None:
             return self.head.loss(**inputs)
 
     for kind in HEAD_TYPES:
-        torch.manual_seed(0)
         model, inputs = Model(kind), batch()
         expected = model(**inputs).item()
         sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
@@ -377,11 +372,6 @@ def _flattened_step(rank: int) -> None:
         loss.backward()
         assert abs(loss.item() / expected - 1) < 1e-6
         assert any(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in sharded.parameters())
-
-
-@pytest.mark.slow
-def test_fsdp1_with_its_defaults() -> None:
-    run(2, _flattened_step)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 from typing import Any
 from unittest import mock
@@ -9,6 +11,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 import flashpointer as fp
 from flashpointer import backends
@@ -170,11 +175,12 @@ def test_ranks_need_not_all_differentiate(rank: int, ranks: int) -> None:
 
 @in_ranks(*COUNTS)
 def test_one_collective_of_four_numbers_a_row(rank: int, ranks: int) -> None:
+    """But for the one that compares the numbers of rows, on a CPU."""
     shard = torch.randn(3, 5, requires_grad=True)
     with mock.patch.object(_shards, "_collective", wraps=torch.ops._c10d_functional) as collective:
         fp.zlpr_loss(shard, shard > 1, group=dist.group.WORLD).backward()
-    gather, wait = collective.method_calls
-    assert gather[0] == "all_gather_into_tensor" and gather[1][0].shape == (4, 3) and wait[0] == "wait_tensor"
+    assert [call[0] for call in collective.method_calls] == ["all_gather_into_tensor", "wait_tensor"] * 2
+    assert [call[1][0].shape for call in collective.method_calls[::2]] == [(1,), (4, 3)]
 
 
 @in_ranks(*COUNTS)
@@ -205,6 +211,16 @@ def test_a_group_of_some_ranks(rank: int, ranks: int) -> None:
 
 
 @in_ranks(*COUNTS)
+def test_other_rows_raise_on_all_ranks(rank: int, ranks: int) -> None:
+    scores = torch.randn(3 + (rank == 0), 5)
+    for op, given in (("zlpr_loss", scores > 1), ("sparse_zlpr_loss", torch.zeros(len(scores), 2).long())):
+        with pytest.raises(
+            ValueError, match=rf"{op}: scores must have the same rows on all ranks .*; got .* of \[4, 3"
+        ):
+            getattr(fp, op)(scores, given, group=dist.group.WORLD)
+
+
+@in_ranks(*COUNTS)
 def test_shards_that_do_not_fit_raise_on_all_ranks(rank: int, ranks: int) -> None:
     scores, listed = torch.randn(3, 4 + (rank == 0)), torch.tensor([[-1], [3], [2]])
     for first in (None, 6 * rank, 3 * rank, 4 * rank + 1, 0):  # overlaps and gaps; 0 alone is right of the first
@@ -214,6 +230,66 @@ def test_shards_that_do_not_fit_raise_on_all_ranks(rank: int, ranks: int) -> Non
     assert fp.sparse_zlpr_loss(scores, listed, group=dist.group.WORLD, first_class=first).isfinite()
     with pytest.raises(ValueError, match=f"positives takes class indices below {4 * ranks + 1}"):
         fp.sparse_zlpr_loss(scores, listed + 4 * ranks, group=dist.group.WORLD, first_class=first)
+
+
+class Layer(nn.Module):
+    """Of 50 classes, or of this rank's, with its loss in forward, where wrappers act."""
+
+    def __init__(self, weight: torch.Tensor, **options: Any) -> None:
+        super().__init__()
+        self.weight, self.options = nn.Parameter(weight.clone()), options
+
+    def forward(self, hidden: torch.Tensor, listed: torch.Tensor) -> torch.Tensor:
+        return fp.linear_zlpr_loss(hidden, self.weight, listed, **self.options)
+
+
+@in_ranks(*COUNTS)
+def test_a_layer_inside_ddp_and_fsdp2(rank: int, ranks: int) -> None:
+    """The batch is split, and the weight whole while it is used: FSDP2's module gathers it."""
+    weight, hidden, listed = torch.randn(50, 8), torch.randn(ranks, 8), torch.randint(50, (ranks, 3))
+    whole = Layer(weight)
+    whole(hidden, listed).backward()
+    for kind in ("ddp", "fsdp2"):
+        layer = Layer(weight)
+        if kind == "ddp":
+            model: nn.Module = nn.parallel.DistributedDataParallel(layer)
+        else:
+            model = fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (ranks,)))
+        model(hidden[rank : rank + 1], listed[rank : rank + 1]).backward()
+        grad = layer.weight.grad.full_tensor() if kind == "fsdp2" else layer.weight.grad
+        assert relative_error(grad, whole.weight.grad) < 1e-6
+
+
+@in_ranks(*COUNTS)
+def test_sharded_classes_behind_a_wrapped_encoder(rank: int, ranks: int) -> None:
+    """DDP and FSDP2 take the mean of the gradients that reach the encoder from each rank's classes, where their sum is
+    wanted. linear_zlpr_loss has summed them before, so that the mean is right. Checkpointed, the forward of backward
+    communicates again, on all ranks."""
+    cuts, inputs = cuts_of(ranks)[0], torch.randn(4, 8)
+    weight, listed, labels = torch.randn(50, 8), torch.randint(50, (4, 3)), torch.rand(4, 50) < 0.1
+    shard, group = own(weight.t(), cuts, rank).t(), {"group": dist.group.WORLD}
+    encoder = nn.Linear(8, 8)
+    for loss_of, options, sums in (
+        (lambda h, w, **k: fp.zlpr_loss(h @ w.t(), own(labels, cuts, rank) if k else labels, **k), {}, False),
+        (lambda h, w, **k: fp.linear_zlpr_loss(h, w, listed, **k), {"first_class": cuts[rank]}, True),
+    ):
+        whole = torch.autograd.grad(loss_of(encoder(inputs), weight), encoder.weight)[0]
+        for kind in ("ddp", "fsdp2"):
+            copied = copy.deepcopy(encoder)
+            if kind == "ddp":
+                model: nn.Module = nn.parallel.DistributedDataParallel(copied)
+            else:
+                model = fully_shard(copied, mesh=dist.device_mesh.init_device_mesh("cpu", (ranks,)))
+            for checkpointed in (False, True):
+                model.zero_grad()
+                hidden, arguments = model(inputs), {**group, **options}
+                if checkpointed:
+                    loss = checkpoint(functools.partial(loss_of, **arguments), hidden, shard, use_reentrant=False)
+                else:
+                    loss = loss_of(hidden, shard, **arguments)
+                loss.backward()
+                grad = copied.weight.grad.full_tensor() if kind == "fsdp2" else copied.weight.grad
+                assert relative_error(grad * (1 if sums else ranks), whole) < 1e-6
 
 
 @in_ranks(*COUNTS)

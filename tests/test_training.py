@@ -13,7 +13,7 @@ from flashpointer.agreement import relative_error
 
 from .conftest import Place
 from .problems import OPS, problem
-from .processes import run
+from .processes import in_ranks
 
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -99,27 +99,22 @@ def test_training_learns_the_labels(place: Place) -> None:
         assert ((layer(hidden) > 0) == labels).float().mean() > 0.99
 
 
-def _parallel_step(rank: int, kind: str) -> None:
-    """One of two processes: its half of the batch, through DDP or FSDP2, must give the gradient of the whole."""
-    torch.manual_seed(0)
-    layer, whole = nn.Linear(8, 50), nn.Linear(8, 50)
-    whole.load_state_dict(layer.state_dict())
-    hidden, labels = torch.randn(16, 8), torch.rand(16, 50) < 0.1
-    fp.zlpr_loss(whole(hidden), labels).backward()
-    if kind == "ddp":
-        model: nn.Module = nn.parallel.DistributedDataParallel(layer)
-    else:
-        from torch.distributed.fsdp import fully_shard
+@in_ranks(2)
+def test_data_parallel(rank: int, ranks: int) -> None:
+    """Each rank's half of the batch, through DDP or FSDP2, must give the gradient of the whole."""
+    from torch.distributed.fsdp import fully_shard
 
-        model = fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
-    half = slice(8 * rank, 8 * rank + 8)
-    fp.zlpr_loss(model(hidden[half]), labels[half]).backward()
-    grad = layer.weight.grad
-    grad = grad.full_tensor() if kind == "fsdp2" else grad
-    assert relative_error(grad, whole.weight.grad) < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_data_parallel(kind: str) -> None:
-    run(2, _parallel_step, kind)
+    for kind in ("ddp", "fsdp2"):
+        layer, whole = nn.Linear(8, 50), nn.Linear(8, 50)
+        whole.load_state_dict(layer.state_dict())
+        hidden, labels = torch.randn(16, 8), torch.rand(16, 50) < 0.1
+        fp.zlpr_loss(whole(hidden), labels).backward()
+        if kind == "ddp":
+            model: nn.Module = nn.parallel.DistributedDataParallel(layer)
+        else:
+            model = fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+        half = slice(8 * rank, 8 * rank + 8)
+        fp.zlpr_loss(model(hidden[half]), labels[half]).backward()
+        grad = layer.weight.grad
+        grad = grad.full_tensor() if kind == "fsdp2" else grad
+        assert relative_error(grad, whole.weight.grad) < 1e-6

@@ -11,6 +11,7 @@ from importlib.metadata import version as _version
 
 from . import convert, metrics, nn, reference, spans
 from .backends import use_backend
+from .ops.linear_topk import linear_topk
 from .ops.linear_zlpr_loss import linear_zlpr_loss
 from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
@@ -22,6 +23,7 @@ from .ops.zlpr_loss import zlpr_loss
 __version__ = _version("flashpointer")
 __all__ = [
     "convert",
+    "linear_topk",
     "linear_zlpr_loss",
     "metrics",
     "nn",

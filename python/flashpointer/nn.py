@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .ops import _checks
+from .ops.linear_topk import TopK, linear_topk
 from .ops.linear_zlpr_loss import WeightGrad, linear_zlpr_loss
 from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
@@ -39,17 +41,20 @@ class ZLPRLoss(torch.nn.Module):
 
 
 class LinearZLPR(torch.nn.Module):
-    """A linear layer of very many classes whose loss does not store their scores: see ``linear_zlpr_loss``. ::
+    """A linear layer of very many classes whose loss, and whose best classes, do without their scores: see
+    ``linear_zlpr_loss`` and ``linear_topk``. ::
 
         head = LinearZLPR(encoder.config.hidden_size, len(labels))
         loss = head.loss(pooled, positives)
+        scores, classes = head.topk(pooled, k=5)
 
     The parameters have the names and the layout of ``torch.nn.Linear``, whose checkpoints load as they are.
 
     Args:
         hidden_size: the size of the hidden states, D.
         classes: their number, C; of classes that are sharded over ranks those of this one, perhaps 0.
-        bias: whether there is one. It starts at 0.
+        bias: whether there is one. It starts at -log C, where exp(s) over all classes sums to about 1: real labels were
+            learned faster from there than from 0.
 
     Attributes:
         weight: ``[C, D]``, initialised as ``torch.nn.Linear`` does.
@@ -75,7 +80,7 @@ class LinearZLPR(torch.nn.Module):
         bound = self.hidden_size**-0.5
         torch.nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
-            torch.nn.init.zeros_(self.bias)
+            torch.nn.init.constant_(self.bias, -math.log(max(1, self.classes)))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The scores ``[..., C]`` of hidden ``[..., D]``: all of them."""
@@ -99,6 +104,19 @@ class LinearZLPR(torch.nn.Module):
             hidden, self.weight, positives, self.bias, positive_labels=positive_labels, reduction=reduction,
             ignore_index=ignore_index, **options,
         )  # fmt: skip
+
+    def topk(
+        self,
+        hidden: torch.Tensor,
+        k: int,
+        threshold: float | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+        first_class: int | None = None,
+    ) -> TopK:
+        """The best classes of each row and their scores: arguments, result and errors are those of ``linear_topk``."""
+        options: dict[str, Any] = {"threshold": threshold, "group": group, "first_class": first_class}
+        return linear_topk(hidden, self.weight, self.bias, k=k, **options)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, classes={self.classes}, bias={self.bias is not None}"

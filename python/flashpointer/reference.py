@@ -102,6 +102,21 @@ def zlpr_kl_div(
     return _reduce(((torch.sigmoid(s) - torch.sigmoid(t)) * (s - t)).sum(-1), reduction)
 
 
+def linear_topk(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, k: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of hidden W^T + bias in each row, and their classes; -inf and -1 behind the last class."""
+    scores = _upcast(hidden) @ _upcast(weight).T
+    if bias is not None:
+        scores = scores + _upcast(bias)
+    best = scores.sort(dim=-1, descending=True, stable=True)
+    missing = (0, max(0, k - scores.shape[-1]))
+    return tuple(
+        torch.nn.functional.pad(x[..., :k], missing, value=filler)  # type: ignore[return-value]
+        for x, filler in ((best.values, -torch.inf), (best.indices, -1))
+    )
+
+
 def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """RoPE over adjacent pairs: the pair (x_2i, x_2i+1) turned by the angle ``position * 10000 ** (-2i / D)``.
 

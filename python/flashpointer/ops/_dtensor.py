@@ -59,6 +59,16 @@ def of_rows(*tensors: str, by_class: bool = False) -> Callable[[Callable[P, R]],
     return _takes(Kind(tensors, dims, "sharded by rows or by classes" if by_class else "sharded by rows"))
 
 
+def of_layer(*tensors: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For an op on a linear layer: its input, hidden [..., D], weight [C, D], bias [C] and lists [..., P]."""
+
+    def dims(name: str, x: torch.Tensor, first: torch.Tensor) -> list[Dim]:
+        names: list[Dim] = [CLASSES, None] if name in ("weight", "bias") else [*range(first.dim() - 1), None]
+        return [*names, *[None] * x.dim()][: x.dim()]
+
+    return _takes(Kind(tensors, dims, "sharded by rows, or a weight by classes, Shard(0)"))
+
+
 def of_sentences(*tensors: str, ragged: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For an op on sentences: tensors [B, ...], but for positions [N] and flat spans [S, 4]."""
 
@@ -79,13 +89,14 @@ def _is_flat(name: str, x: torch.Tensor) -> bool:
 
 def _takes(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        signature = inspect.signature(function)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if _any_dtensor(args) or _any_dtensor(kwargs.values()):
-                arguments: dict[str, Any] = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-                return _on_locals(function, kind, arguments)  # type: ignore[no-any-return]
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                return _on_locals(function, kind, bound.arguments)  # type: ignore[no-any-return]
             return function(*args, **kwargs)
 
         return call
@@ -95,7 +106,7 @@ def _takes(kind: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _any_dtensor(arguments: Iterable[object]) -> bool:
     for x in arguments:  # noqa: SIM110 (a loop, and no generator: this runs before every call)
-        if isinstance(x, torch.Tensor) and type(x) not in PLAIN and _is_dtensor(x):
+        if type(x) not in PLAIN and isinstance(x, torch.Tensor) and _is_dtensor(x):
             return True
     return False
 
@@ -120,10 +131,9 @@ def _on_locals(function: Callable[..., Any], kind: Kind, arguments: dict[str, An
         raise ValueError(f"{op}: padded takes True where {leader} is sharded by sentences, which flat spans count")
     local = {}
     for name, x in given.items():
-        # Of the gradient of what it has whole a rank has a part, where something else is sharded.
-        grads = [
-            Partial() if d is not None and p.is_replicate() else p for d, p in zip(sharded, x.placements, strict=True)
-        ]
+        # Of the gradient of what all have, each rank has the part that is of its rows. Over classes the op sums it.
+        placed = zip(sharded, x.placements, strict=True)
+        grads = [Partial() if isinstance(d, int) and p.is_replicate() else p for d, p in placed]
         local[name] = x.to_local(grad_placements=grads)
     options = _group_of(op, mesh, sharded, dims, given, arguments) if "group" in arguments else {}
     result = function(**{**arguments, **local, **options})
@@ -135,9 +145,11 @@ def _on_locals(function: Callable[..., Any], kind: Kind, arguments: dict[str, An
         return _wrapped(result, mesh, [Partial() if isinstance(d, int) else None for d in sharded], {})
     if not isinstance(result, tuple):
         return _wrapped(result, mesh, sharded, sizes)
+    of_result = type(result)
     if kind.ragged and sizes:
         result = [_padded(x, mesh, sharded) for x in result]
-    return tuple(_wrapped(x, mesh, sharded, sizes) for x in result)
+    wrapped = [_wrapped(x, mesh, sharded, sizes) for x in result]
+    return of_result(*wrapped) if hasattr(of_result, "_fields") else tuple(wrapped)
 
 
 def _wrapped(x: torch.Tensor, mesh: DeviceMesh, placed: list[Any], sizes: dict[int, tuple[int, int]]) -> torch.Tensor:

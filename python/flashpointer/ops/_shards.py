@@ -61,10 +61,10 @@ def shard_of(op: str, first_class: object, classes: int, group: dist.ProcessGrou
         raise TypeError(f"{op}: first_class takes an int of at least 0, or None; got {_checks.describe(first_class)}")
     first = group.rank() * classes if first_class is None else first_class
     assert isinstance(first, int)
-    if torch.compiler.is_compiling() or not (device.type == "cpu" or backends.CHECK_INDICES):
+    if not _may_compare(device):
         return Shard(first, None)
     here = torch.tensor([first, first + classes], device=device)
-    bounds = _gather(here, str(group.group_name)).tolist()
+    bounds = gather(here, str(group.group_name)).tolist()
     shards = sorted(shard for shard in bounds if shard[0] != shard[1])
     stops = [0, *(stop for _, stop in shards)]
     if [start for start, _ in shards] != stops[:-1]:
@@ -74,9 +74,25 @@ def shard_of(op: str, first_class: object, classes: int, group: dist.ProcessGrou
     return Shard(first, stops[-1])
 
 
+def check_rows(op: str, name: str, rows: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raises ValueError on all ranks unless all have as many rows, where ``shard_of`` would check too: libraries of
+    communication hang or abort."""
+    if _may_compare(device):
+        everywhere = gather(torch.tensor([rows], device=device), str(group.group_name)).flatten().tolist()
+        if len(set(everywhere)) > 1:
+            got = _checks.short(everywhere)
+            raise ValueError(f"{op}: {name} must have the same rows on all ranks of the group; got numbers of {got}")
+
+
+def _may_compare(device: torch.device) -> bool:
+    """Whether the ranks may tell each other what to check: it is small beside the rest on a CPU, and on a GPU it is to
+    wait for the stream, and done on demand."""
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or backends.CHECK_INDICES)
+
+
 def merge(sums: LogSums, group: str) -> LogSums:
     """The log-sums of all shards from those of this rank's: a collective, once for a forward."""
-    return merged(_gather(torch.stack(sums), group))
+    return merged(gather(torch.stack(sums), group))
 
 
 def merged(parts: torch.Tensor) -> LogSums:
@@ -105,8 +121,8 @@ def add_up(x: torch.Tensor, group: str) -> torch.Tensor:
     return x
 
 
-def _gather(x: torch.Tensor, group: str) -> torch.Tensor:
-    """[ranks, *x.shape], in the order of the ranks."""
+def gather(x: torch.Tensor, group: str) -> torch.Tensor:
+    """[ranks, *x.shape] of x, contiguous and of one shape, in the order of the ranks: a collective."""
     ranks = dist.distributed_c10d._get_group_size_by_name(group)  # type: ignore[arg-type]
     if x.numel() == 0:
         return x.new_empty((ranks, *x.shape))

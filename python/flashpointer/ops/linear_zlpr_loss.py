@@ -10,13 +10,14 @@ import torch.distributed as dist
 
 from .. import backends, reference
 from ..problem import Listed, LogSums, listed_cells
-from . import _checks, _linear, _register, _rows, _shards
+from . import _checks, _dtensor, _linear, _register, _rows, _shards
 
 OP = "linear_zlpr_loss"
 
 WeightGrad = Callable[[int, torch.Tensor], object]
 
 
+@_dtensor.of_layer("hidden", "weight", "positives", "bias", "positive_labels")
 def linear_zlpr_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -41,6 +42,8 @@ def linear_zlpr_loss(
     float32, in the memory of the gradient of weight, so that up to D rows take three matrix products, as many as a
     linear layer does, and none is repeated. Where that is not to be had (a frozen weight, ``torch.compile``,
     ``retain_graph``), backward computes the scores again.
+
+    Tensors may be DTensors that are sharded by rows or by classes: docs/distributed.md.
 
     Args:
         hidden: ``[..., D]``, float16, bfloat16, float32 or float64: one row for each leading index.
@@ -166,7 +169,7 @@ def _refuse(name: str, takes: str, values: torch.Tensor, wrong: torch.Tensor) ->
 def _check_ranks(hidden: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Raises ValueError on all ranks unless all of them, or none, will wait for the gradient of hidden."""
     wants = torch.tensor([int(_register.wants_gradient(hidden))], device=hidden.device)
-    on_ranks = _shards._gather(wants, str(group.group_name)).flatten().tolist()
+    on_ranks = _shards.gather(wants, str(group.group_name)).flatten().tolist()
     if len(set(on_ranks)) > 1:
         got = _checks.short([bool(wants) for wants in on_ranks])
         raise ValueError(f"{OP}: hidden must require a gradient on all ranks of the group or on none; got {got}")

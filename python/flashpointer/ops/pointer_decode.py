@@ -12,11 +12,12 @@ import torch
 from .. import backends, reference
 from ..problem import Problem
 from ..spans.padded import pad, pad_in_order
-from . import _checks, _pointer, _register
+from . import _checks, _dtensor, _pointer, _register
 
 OP = "pointer_decode"
 
 
+@_dtensor.of_sentences("q", "k", "start", "end", "mask", "positions", ragged=True)
 def pointer_decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -45,6 +46,8 @@ def pointer_decode(
     once more for each option behind max_width that is not the default. A graph of ``torch.export`` holds it as one op;
     under the reference backend and without non_overlapping, non_crossing and one_label, as PyTorch's own ops on stored
     scores, which ONNX has too. On the meta device it finds nothing.
+
+    Tensors may be DTensors that are sharded by sentences: docs/distributed.md.
 
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.
@@ -131,7 +134,7 @@ def _decode(
         warnings.warn(
             f"{OP}: {count:,} spans are above {above}; the first {max_spans:,} are returned, as "
             "max_spans asks. A higher threshold or top_k leaves fewer, and so does a model that has been trained.",
-            stacklevel=3,
+            stacklevel=4,
         )
     length = max(1, q.shape[-2])
     row = cells // length

@@ -8,11 +8,12 @@ import torch
 
 from .. import backends, reference
 from ..problem import Problem
-from . import _checks, _pointer, _register, _rows
+from . import _checks, _dtensor, _pointer, _register, _rows
 
 OP = "pointer_loss"
 
 
+@_dtensor.of_sentences("q", "k", "spans", "start", "end", "mask", "positions", "span_labels")
 def pointer_loss(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -38,6 +39,8 @@ def pointer_loss(
 
     Neither the scores nor the labels are ever stored: memory is linear in the length of a sentence, forward and
     backward, and where the heads share q and k, the time hardly depends on their number.
+
+    Tensors may be DTensors that are sharded by sentences: docs/distributed.md.
 
     Args:
         q, k, start, end, mask, rope, tril_mask, max_width, scale, positions: as for ``pointer_scores``.

@@ -8,11 +8,12 @@ import torch
 
 from .. import backends, reference
 from ..problem import Problem
-from . import _checks, _pointer, _register
+from . import _checks, _dtensor, _pointer, _register
 
 OP = "pointer_scores"
 
 
+@_dtensor.of_sentences("q", "k", "start", "end", "mask", "positions")
 def pointer_scores(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -31,6 +32,8 @@ def pointer_scores(
         s[b, h, m, n] = scale * <R_m q[b, (h,) m], R_n k[b, (h,) n]> + start[b, h, m] + end[b, h, n]
 
     with R the rotary embedding over adjacent pairs, theta_i = 10000 ** (-2i / D).
+
+    Tensors may be DTensors that are sharded by sentences: docs/distributed.md.
 
     Args:
         q, k: ``[B, N, D]``, shared by all heads (Efficient GlobalPointer), or ``[B, H, N, D]`` (GlobalPointer):

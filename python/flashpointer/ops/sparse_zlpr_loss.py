@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 from .. import reference
-from . import _checks, _register, _rows, _shards
+from . import _checks, _dtensor, _register, _rows, _shards
 
 OP = "sparse_zlpr_loss"
 
 
+@_dtensor.of_rows("scores", "positives", "mask", by_class=True)
 def sparse_zlpr_loss(
     scores: torch.Tensor,
     positives: torch.Tensor,
@@ -25,6 +26,8 @@ def sparse_zlpr_loss(
 
     The negatives are summed themselves. Implementations that get them as the sum over all classes less the positives
     lose every digit once the positives are learned, and then push them down again.
+
+    Tensors may be DTensors that are sharded by rows or by classes: docs/distributed.md.
 
     Args:
         scores: ``[..., C]``, as in ``zlpr_loss``.
@@ -72,6 +75,7 @@ def sparse_zlpr_loss(
             _check_values(scores, positives, mask, ignore_index)
         return reference.sparse_zlpr_loss(scores, positives, mask, reduction, ignore_index)
     if group is not None:
+        _shards.check_rows(OP, "scores", scores.shape[:-1].numel(), group, scores.device)
         shard = _shards.shard_of(OP, first_class, scores.shape[-1], group, scores.device)
         if shard.total is not None:
             _check_below(positives, shard.total, ignore_index)

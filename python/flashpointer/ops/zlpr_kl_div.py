@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from . import _checks, _register, _rows
+from . import _checks, _dtensor, _register, _rows
 
 OP = "zlpr_kl_div"
 
 
+@_dtensor.of_rows("scores", "other", "mask")
 def zlpr_kl_div(
     scores: torch.Tensor,
     other: torch.Tensor,
@@ -24,6 +25,8 @@ def zlpr_kl_div(
     For each row, with f = sigmoid::
 
         D(s, t) = sum_i (f(s_i) - f(t_i)) (s_i - t_i)
+
+    Tensors may be DTensors that are sharded by rows: docs/distributed.md.
 
     Args:
         scores: ``[..., C]``, float16, bfloat16, float32 or float64.

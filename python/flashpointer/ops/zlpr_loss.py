@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 from .. import reference
-from . import _checks, _register, _rows, _shards
+from . import _checks, _dtensor, _register, _rows, _shards
 
 OP = "zlpr_loss"
 
 
+@_dtensor.of_rows("scores", "labels", "mask", by_class=True)
 def zlpr_loss(
     scores: torch.Tensor,
     labels: torch.Tensor,
@@ -27,6 +28,8 @@ def zlpr_loss(
 
     After training a class is predicted where its score is above 0. ``sigmoid(2 * score)`` is its probability if labels
     are soft; if they are hard and classes few, it is too sure of itself (docs/mathematics.md has both).
+
+    Tensors may be DTensors that are sharded by rows or by classes: docs/distributed.md.
 
     Args:
         scores: ``[..., C]``, float16, bfloat16, float32 or float64: one row of C class scores for each leading index. A
@@ -77,7 +80,8 @@ def zlpr_loss(
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(scores, labels, mask)
         return reference.zlpr_loss(scores, labels, mask, reduction)
-    if ranks is not None:
+    if group is not None:
+        _shards.check_rows(OP, "scores", scores.shape[:-1].numel(), group, scores.device)
         return _sharded(scores, labels, mask, reduction, ranks, backend)  # type: ignore[no-any-return]
     with_grad = _register.wants_gradient(scores)
     loss: torch.Tensor = _op(scores, labels, mask, reduction, with_grad, backend)[0]
