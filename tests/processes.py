@@ -51,9 +51,9 @@ def in_ranks(*counts: int) -> Callable[[Callable[[int, int], None]], Callable[..
 
 @functools.cache
 def _outcomes(ranks: int) -> list[dict[str, str]]:
-    """Of each rank, by step, what it raised or nothing. After a failure a rank goes on no further."""
+    """Of each rank, by step, what it raised or nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(Exception):  # which the steps themselves have told
+        with contextlib.suppress(Exception):  # of a rank that died: its steps were not reached
             torch.multiprocessing.spawn(_member, (ranks, folder, _shared[ranks]), nprocs=ranks)
         files = [Path(folder, str(rank)) for rank in range(ranks)]
         return [torch.load(file) if file.exists() else {} for file in files]
@@ -63,22 +63,27 @@ def _member(rank: int, ranks: int, folder: str, names: list[str]) -> None:
     # A rank that waits for one that has failed gives up.
     patience = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks, timeout=patience)
+    store = dist.FileStore(f"{folder}/failed", ranks)
     outcomes: dict[str, str] = {}
     for name in names:
-        module, _, step = name.partition(":")
-        torch.manual_seed(0)
-        torch.use_deterministic_algorithms(True)  # and with it NaN in every new tensor
-        try:
-            getattr(importlib.import_module(module), step).step(rank, ranks)
-            outcomes[name] = ""
-        except pytest.skip.Exception as skipped:
-            outcomes[name] = f"{SKIPPED}{skipped}"
-        except BaseException:
-            outcomes[name] = traceback.format_exc()
-            raise
-        finally:
-            torch.save(outcomes, Path(folder, str(rank)))
-    dist.barrier()
+        outcomes[name] = _outcome(name, rank, ranks)
+        torch.save(outcomes, Path(folder, str(rank)))
+        store.set(f"{name} {rank}", str(bool(outcomes[name])))
+        if len({store.get(f"{name} {other}") for other in range(ranks)}) > 1:
+            break  # where some have failed and some have not, they no longer wait for the same thing
     # Not by way of destroy_process_group and the interpreter's end: now and then a thread of gloo's outlives its
     # owner there, and the process aborts after all is done.
     os._exit(0)
+
+
+def _outcome(name: str, rank: int, ranks: int) -> str:
+    module, _, step = name.partition(":")
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # and with it NaN in every new tensor
+    try:
+        getattr(importlib.import_module(module), step).step(rank, ranks)
+    except pytest.skip.Exception as skipped:
+        return f"{SKIPPED}{skipped}"
+    except BaseException:
+        return traceback.format_exc()
+    return ""

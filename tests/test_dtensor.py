@@ -59,6 +59,8 @@ def test_every_op_on_a_sharded_batch(rank: int, ranks: int) -> None:
     mesh = init_device_mesh("cpu", (ranks,))
     for case in CASES:
         op = op_of(case)[0]
+        if op == "linear_zlpr_loss":  # whose weights are no part of the batch: below
+            continue
         for placement in (Shard(0), Replicate()):
             sharded = placement == Shard(0)
             placements = {

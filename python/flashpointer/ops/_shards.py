@@ -1,8 +1,8 @@
 """Classes that are sharded over the ranks of a process group.
 
 Each rank sums the exponentials of its own classes. One all-gather then brings everybody the four numbers a row of
-everybody, and as all merge them in the order of the ranks, all have the same bits: of the loss, and of what turns a
-rank's exponentials into the gradient of its scores.
+everybody, and as all merge them alike, in the order of the ranks, all have the same bits: of the loss, and of what
+turns a rank's exponentials into the gradient of its scores.
 
 Registered ops take a group by its name.
 """
@@ -103,10 +103,7 @@ def merged(parts: torch.Tensor) -> LogSums:
 
 def _merged_term(m: torch.Tensor, S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pivot = m.amax(0).clamp(min=0.0)  # [R]
-    total = torch.zeros_like(pivot)
-    for term in S * torch.exp(m - pivot):
-        total = total + term
-    return pivot, total
+    return pivot, (S * torch.exp(m - pivot)).sum(0)
 
 
 def value(sums: LogSums) -> torch.Tensor:
