@@ -7,7 +7,11 @@ no implementation can do without, and the scores in chunks with checkpointing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -16,12 +20,14 @@ from torch.utils.checkpoint import checkpoint
 import flashpointer
 from flashpointer.agreement import Agreement, compare
 
-from .measure import Failure, Run, interleave, peak_memory, run_of
+from .measure import Failure, OtherProcesses, Run, interleave, keep_memory, peak_memory, run_of
+from .report import conditions
 from .suite import Contender, Inputs, Op, Shape
 
 LAYER = ("hidden", "weight", "bias")
 MOST = 16  # positives of a row
 CHUNK = 8192
+AXES = "rows x hidden size x classes"
 # Of as many the whole is checked: more do not fit into memory in float64.
 CHECKED = 100_000
 SHAPES = (
@@ -89,6 +95,7 @@ OP = Op(
     make_inputs=make_inputs,
     differentiate=LAYER,
     rival=rival,
+    axes=AXES,
     matrix_flops=lambda inputs, backward: (6.0 if backward else 2.0) * inputs["hidden"].numel() * len(inputs["weight"]),
     agreement=agreement,
 )
@@ -112,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear_zlpr_loss", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="their numbers, from 0")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON: all numbers and their conditions")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each contender; default: 3")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -122,6 +130,8 @@ def main() -> None:
         "sparse": rival,
         "chunks": chunks,
     }
+    keep_memory()
+    others, cases = OtherProcesses(), []
     for number in arguments.shapes:
         shape = SHAPES[number]
         if device.type not in shape.devices:
@@ -135,19 +145,28 @@ def main() -> None:
         times = interleave({"products": bare_products(inputs), **runs}, device, arguments.seconds)
         grads = sum(inputs[name].nbytes for name in LAYER)
         print(f"{shape}, {len(inputs['positives'][0])} listed, {str(dtype).removeprefix('torch.')}")
+        measured: dict[str, Any] = {}
+        cases.append({"size": shape.size, "why": shape.why, "measured": measured})
         for name, time in times.items():
             if isinstance(time, Failure):
+                measured[name] = str(time)
                 print(f"  {name:9} {time}")
                 continue
             line = f"  {name:9} {time.median * 1e3:9.2f} ms ({time.low * 1e3:.2f} to {time.high * 1e3:.2f})"
+            measured[name] = {"time": dataclasses.asdict(time)}
             if name != "products":
-                line += f"  {(peak_memory(runs[name], device) - grads) / 1e6:8.2f} MB beside the gradients"
+                beside = peak_memory(runs[name], device) - grads
+                measured[name]["peak_beside_gradients"] = beside
+                line += f"  {beside / 1e6:8.2f} MB beside the gradients"
                 products, ours = times["products"], times["ours"]
                 if not isinstance(products, Failure):
                     line += f"  {products.median / time.median:6.1%} of the products"
                 if not isinstance(ours, Failure):
                     line += f"  {time.median / ours.median:5.2f} of ours"
             print(line, flush=True)
+    if arguments.out is not None:
+        record = {"conditions": conditions(device, others.share()), "cases": cases}
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ def losing() -> str:
         times = {c: contenders[c]["time"]["median"] for c in ("eager", "compile", "ours") if c in contenders}
         if times["ours"] > min(times.values()):
             told = [said(contenders, c, "time") for c in ("eager", "compile", "ours")]
-            rows.append([f"`{op}`", f"{ops()[op].label(tuple(size))} ({ops()[op].axes})", *told[:-1], f"**{told[-1]}**"])
+            rows.append(
+                [f"`{op}`", f"{ops()[op].label(tuple(size))} ({ops()[op].axes})", *told[:-1], f"**{told[-1]}**"]
+            )
     return table(("call", "size", "eager", "`torch.compile`", "ours"), sorted(rows))
 
 

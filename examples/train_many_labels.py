@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 def read(seed: int) -> tuple[Examples, Examples, int]:
     """For training, for evaluation, and how many labels there are."""
     try:
-        import simple_icd_10_cm as icd  # MIT licence; the codes and their texts are works of the US government
+        import simple_icd_10_cm as icd  # MIT licence
     except ImportError:
         print("simple-icd-10-cm is not installed: the labels are made up")
         return many_labels(seed)
