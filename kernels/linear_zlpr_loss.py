@@ -1,0 +1,506 @@
+"""The ZLPR loss of a linear layer with very many classes, without its scores.
+
+With s = h W^T + b, labels t of the few cells that are listed and 0 elsewhere, each row has
+
+    l_n = log(1 + sum (1 - t) exp(s))      l_p = log(1 + sum_listed t exp(-s))      loss = l_n + l_p
+
+The exponents x = log t - s of the second sum are computed cell by cell. The first runs over E = (1 - t) exp(s), in tiles,
+where listed cells are set to 0 if t = 1: they are never subtracted. Backward, with g upstream and c = g exp(-l_n),
+
+    G = E - exp(x - l_p + l_n) at listed cells       dh = c (G W)       dW = G^T (c h)       db = G^T c
+
+so c stands in the small operands, listed cells ride in the same products, and where g = 0 nothing is divided by it.
+
+    forward    1  listed   x
+               2  exponentials: product, E, and its sums over each row of each tile, in one
+    backward   block of classes after block, G in scratch memory:
+               3  rescale  rows of E that forward kept in the memory of the gradient of W, as many as fit; or 2 again
+               4  put      listed cells
+               5  matrix products, by the library
+
+Exponents are in base 2, and scales are powers of two, which round nothing. A row of a tile is computed under a pivot of
+its own, E 2^-p, p = floor(log2 of its largest), and the sums of its tiles are merged in a fixed order, as numbers of
+(m, S), S exp(m), m >= 0. Backward all tiles are put under the one k of the row, the floor of log2(exp(l_n)) as m and S
+give it: then G is the gradient itself, but for g and a factor from 1 to 2. Where G is float16, 2^LIFT times as large,
+it has all of its digits down to 2^-29 of the largest; so has c h, under a scale that its largest element sets.
+
+What is kept beside E are the pivots [tiles, rows], at the end of that memory. E lies packed at its beginning, block
+after block [rows, classes of the block]. So blocks go from the last one to the first: what the gradient of one is
+written over has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from flashpointer.problem import Listed, LogSums
+
+from .cells import all_registers, constant, float32_precision, strides
+from .rows import FLOAT_MAX, LN_2, LOG2_E
+
+PARTIALS = 1 << 25  # sums of rows of tiles at a time
+SCRATCH = 1 << 26  # elements of G, or of a block of dW
+LISTED = 16  # cells to a program
+LANES = 1024
+
+# --- what belongs together -----------------------------------------------------------------------------------------
+
+
+@constant
+class Tile:
+    """Made on the host."""
+
+    BM: Any  # rows
+    BN: Any  # classes
+    BK: Any  # of D at a time
+    EVEN: Any  # BK divides D
+    ALIGNED: Any  # 16 divides C
+    OPERAND: Any  # dtype of products
+    PRECISION: Any  # of them, in float32
+    LIFT: Any
+    STAGES: Any
+
+
+class Matrix(NamedTuple):
+    """hidden [R, D] or weight [C, D]."""
+
+    ptr: Any
+    stride_n: Any
+    stride_d: Any
+    count: Any  # R or C
+    size: Any  # D
+
+
+class Corner(NamedTuple):
+    """Of a tile."""
+
+    m: Any  # [BM]: rows
+    n: Any  # [BN]: classes
+    number: Any  # of the tile: those of the same classes follow each other
+
+
+class Cells(NamedTuple):
+    """The listed cells, sorted by tile."""
+
+    rows: Any
+    classes: Any
+    labels: Any  # or None
+    bounds: Any  # [tiles + 1]
+
+
+# --- the product ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_vectors(x, at, d_first, tile):
+    """BK elements of the vectors of x: [vectors, BK], 0 where there are none."""
+    d = d_first + tl.arange(0, tile.BK)
+    inside = (at < x.count)[:, None]
+    if not tile.EVEN:
+        inside = inside & (d < x.size)[None, :]
+    ptrs = (x.ptr + at.to(tl.int64) * x.stride_n)[:, None] + (d.to(tl.int64) * x.stride_d)[None, :]
+    return tl.load(ptrs, mask=inside, other=0.0).to(tile.OPERAND)
+
+
+@triton.jit
+def scores_of(hidden, weight, bias, stride_b, corner, tile):
+    """[BM, BN]; -inf where there is no class."""
+    s = tl.zeros([tile.BM, tile.BN], dtype=tl.float32)
+    for d_first in tl.range(0, hidden.size, tile.BK, num_stages=tile.STAGES):
+        h_m = load_vectors(hidden, corner.m, d_first, tile)  # [BM, BK]
+        w_n = load_vectors(weight, corner.n, d_first, tile)  # [BN, BK]
+        s = tl.dot(h_m, tl.trans(w_n), acc=s, input_precision=tile.PRECISION)
+    b_n = tl.where(corner.n < weight.count, 0.0, float("-inf"))
+    if bias is not None:
+        at = bias + corner.n.to(tl.int64) * stride_b
+        b_n = tl.load(at, mask=corner.n < weight.count, other=float("-inf")).to(tl.float32)
+    return s + b_n[None, :]
+
+
+@triton.jit
+def weigh(s, cells, corner):
+    """The scores of a tile, plus log(1 - t) where cells are listed; t is 1, or left out, if it is not in [0, 1)."""
+    stop = tl.load(cells.bounds + corner.number + 1)
+    for i in range(tl.load(cells.bounds + corner.number), stop):
+        here = (corner.m == tl.load(cells.rows + i))[:, None] & (corner.n == tl.load(cells.classes + i))[None, :]
+        if cells.labels is None:
+            s = tl.where(here, float("-inf"), s)
+        else:
+            t = tl.load(cells.labels + i).to(tl.float32)
+            log_rest = tl.log(tl.where((t >= 0.0) & (t < 1.0), 1.0 - t, 1.0))
+            s = tl.where(here, tl.where((t >= 0.0) & (t < 1.0), s + log_rest, float("-inf")), s)
+    return s
+
+
+@triton.jit
+def store_exponentials(out, e, corner, kept, first, width, tile):
+    """In a block [kept rows, width] whose classes start at ``first``."""
+    at = (corner.m.to(tl.int64) * width)[:, None] + (corner.n - first)[None, :]
+    inside = (corner.m < kept)[:, None] & (corner.n < first + width)[None, :]
+    tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def exponentials_kernel(
+    hidden, weight, bias, listed_rows, listed_classes, labels, bounds, scales, out, pivots, sums,
+    rows, classes, size, first_row, stop_row, first_class, kept, before, block,
+    stride_hn, stride_hd, stride_wn, stride_wd, stride_b,
+    tile: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows first_row..stop_row to a program, from first_class on. Forward: pivots and sums, [tiles, these
+    rows]. Backward, where ``scales`` has the k of each row, none. Of the ``kept`` first rows E: of a block, or of
+    all, which then for each class before it have ``before`` elements."""
+    of_rows = tl.cdiv(stop_row - first_row, tile.BM)
+    m_first = first_row + tl.program_id(0) % of_rows * tile.BM
+    n_first = first_class + tl.program_id(0) // of_rows * tile.BN
+    tile_n = (n_first // tile.BN).to(tl.int64)
+    number = tile_n * tl.cdiv(rows, tile.BM) + m_first // tile.BM
+    corner = Corner(m_first + tl.arange(0, tile.BM), n_first + tl.arange(0, tile.BN), number)
+    of_hidden = Matrix(hidden, stride_hn, stride_hd, rows, size)
+    s = scores_of(of_hidden, Matrix(weight, stride_wn, stride_wd, classes, size), bias, stride_b, corner, tile)
+    s = weigh(s, Cells(listed_rows, listed_classes, labels, bounds), corner)
+    inside = corner.m < stop_row
+    if scales is None:
+        p = tl.minimum(tl.maximum(tl.floor(tl.max(s, axis=1) * LOG2_E), -FLOAT_MAX), FLOAT_MAX)  # [BM]: no inf - inf
+    else:
+        p = tl.load(scales + corner.m, mask=inside, other=0.0)
+    e = tl.exp2(s * LOG2_E - (p - tile.LIFT)[:, None])
+    if scales is None:
+        at = tile_n * (stop_row - first_row) + corner.m - first_row
+        tl.store(pivots + at, p, mask=inside)
+        tl.store(sums + at, tl.sum(e, axis=1) * 2.0**-tile.LIFT, mask=inside)
+    if out is not None:
+        first = n_first // block * block
+        width = tl.minimum(block, classes - first)
+        if tile.ALIGNED:
+            width = tl.multiple_of(width, 16)
+        store_exponentials(out + first.to(tl.int64) * before, e, corner, kept, first, width, tile)
+
+
+# --- listed cells --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def listed_kernel(
+    hidden, weight, bias, listed_rows, listed_classes, labels, x, count, classes, size,
+    stride_hn, stride_hd, stride_wn, stride_wd, stride_b,
+    CELLS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x = log t - s [n] of CELLS listed cells to a program; -inf where no cell is, or t is not above 0."""
+    i = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    m = tl.load(listed_rows + i, mask=i < count, other=0)
+    n = tl.load(listed_classes + i, mask=i < count, other=classes)
+    here = n < classes
+    s = tl.zeros([CELLS], dtype=tl.float32)
+    for d_first in range(0, size, BK):
+        d = d_first + tl.arange(0, BK).to(tl.int64)
+        inside = here[:, None] & (d < size)[None, :]
+        h_m = tl.load(hidden + (m * stride_hn)[:, None] + (d * stride_hd)[None, :], mask=inside, other=0.0)
+        w_n = tl.load(weight + (n * stride_wn)[:, None] + (d * stride_wd)[None, :], mask=inside, other=0.0)
+        s += tl.sum(h_m.to(tl.float32) * w_n.to(tl.float32), axis=1)
+    if bias is not None:
+        s += tl.load(bias + n * stride_b, mask=here, other=0.0).to(tl.float32)
+    if labels is None:
+        tl.store(x + i, tl.where(here, -s, float("-inf")), mask=i < count)
+    else:
+        t = tl.load(labels + i, mask=here, other=0.0).to(tl.float32)
+        tl.store(x + i, tl.where(t > 0.0, tl.log(t) - s, float("-inf")), mask=i < count)
+
+
+@triton.jit
+def put_kernel(
+    out, listed_rows, listed_classes, positives, bounds, first_class, width, of_rows,
+    BN: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Of the listed cells of BN classes to a program, in a block [R, width]: what is there less the positives' part."""
+    tile_n = first_class // BN + tl.program_id(0)
+    stop = tl.load(bounds + (tile_n + 1).to(tl.int64) * of_rows)
+    for first in range(tl.load(bounds + tile_n.to(tl.int64) * of_rows), stop, LANES):
+        i = first + tl.arange(0, LANES)
+        m = tl.load(listed_rows + i, mask=i < stop, other=0)
+        n = tl.load(listed_classes + i, mask=i < stop, other=0)
+        at = out + m * width + n - first_class
+        e = tl.load(at, mask=i < stop, other=0.0).to(tl.float32)
+        tl.store(at, (e - tl.load(positives + i, mask=i < stop, other=0.0)).to(out.dtype.element_ty), mask=i < stop)
+
+
+@triton.jit
+def rescale_kernel(kept, pivots, scales, out, rows, width, BM: tl.constexpr, BN: tl.constexpr):
+    """A block [rows, width] of E, from under pivots [tiles, rows] under the k of each row: BM rows of BN classes."""
+    of_rows = tl.cdiv(rows, BM)
+    m = (tl.program_id(0) % of_rows * BM + tl.arange(0, BM)).to(tl.int64)
+    tile_n = tl.program_id(0) // of_rows
+    n = tile_n * BN + tl.arange(0, BN)
+    p = tl.load(pivots + tile_n.to(tl.int64) * rows + m, mask=m < rows, other=0.0)
+    factor = tl.exp2(p - tl.load(scales + m, mask=m < rows, other=0.0))
+    at = (m * width)[:, None] + n[None, :]
+    inside = (m < rows)[:, None] & (n < width)[None, :]
+    e = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
+
+
+# --- launchers -----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """See Tile."""
+
+    bm: int
+    bn: int
+    bk: int
+    num_warps: int
+    stages: int
+
+
+def plan(dtype: torch.dtype, hip: bool) -> Plan:
+    """The launch parameters, by rule: the largest tiles that no chip spills. Three products where tf32x3 multiplies."""
+    if dtype == torch.float32:
+        return Plan(64, 64, 32, 4, 2 if hip else 3)
+    return Plan(128, 128, 64, 8, 2 if hip else 4)
+
+
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@cache
+def tile_of(size: int, aligned: bool, hidden: torch.dtype, weight: torch.dtype, hip: bool) -> tuple[Plan, Tile]:
+    operand = torch.promote_types(hidden, weight)
+    rule, lift = plan(operand, hip), 14 if weight == torch.float16 else 0
+    fields = (
+        rule.bm, rule.bn, rule.bk, size % rule.bk == 0, aligned, DTYPES[operand], float32_precision(), lift,
+        rule.stages,
+    )  # fmt: skip
+    return rule, Tile(*map(tl.constexpr, fields))
+
+
+class Problem(NamedTuple):
+    """What forward and backward are given alike, and what follows from it."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    cells: Listed  # sorted by tile
+    order: torch.Tensor  # [n]: which of the listed ones they are
+    bounds: torch.Tensor  # [tiles + 1]: where those of a tile begin
+    rule: Plan
+    tile: Tile
+
+    @property
+    def tiles(self) -> int:
+        """Of classes."""
+        return -(-len(self.weight) // self.rule.bn)
+
+    @property
+    def block(self) -> int:
+        """Classes to a block: whole tiles."""
+        most = SCRATCH // max(1, *self.hidden.shape) // self.rule.bn
+        return max(1, min(most, self.tiles)) * self.rule.bn
+
+    @property
+    def kept_rows(self) -> int:
+        """Whose E and pivots fit the memory of the weight, those of whole tiles if not all do."""
+        itemsize, tiles = self.weight.itemsize, self.tiles
+        room = self.weight.numel() * itemsize // 4 * 4
+        fit = room // max(1, len(self.weight) * itemsize + tiles * 4)
+        return len(self.hidden) if fit >= len(self.hidden) else fit // self.rule.bm * self.rule.bm
+
+    def pivots(self, kept: torch.Tensor) -> torch.Tensor:
+        """[tiles, rows]: the last of the memory of kept."""
+        flat, ratio, count = kept.view(-1), 4 // kept.itemsize, self.tiles * self.kept_rows
+        floats = flat[: len(flat) // ratio * ratio].view(torch.float32)
+        return floats[len(floats) - count :].view(self.tiles, self.kept_rows)
+
+
+def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> Problem:
+    rows, classes = len(hidden), len(weight)
+    hip = torch.version.hip is not None
+    rule, tile = tile_of(hidden.shape[1], classes % 16 == 0, hidden.dtype, weight.dtype, hip)
+    of_rows = -(-rows // rule.bm)
+    tiles = of_rows * -(-classes // rule.bn)
+    number = listed.classes // rule.bn * of_rows + listed.rows // rule.bm
+    number, order = torch.where(listed.classes < classes, number, tiles).sort(stable=True)
+    bounds = torch.searchsorted(number, torch.arange(tiles + 1, device=number.device))
+    cells = Listed(*(None if x is None else x[order] for x in listed))
+    return Problem(hidden, weight, bias, cells, order, bounds, rule, tile)
+
+
+def launch_exponentials(
+    problem: Problem,
+    rows: range,
+    classes: range,
+    kept: tuple[torch.Tensor | None, int, int],
+    scales: torch.Tensor | None = None,
+    partials: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> None:
+    """See exponentials_kernel; ``kept`` are its out, kept, before."""
+    hidden, weight, bias, cells, _, bounds, rule, tile = problem
+    tiles = -(-len(rows) // rule.bm) * -(-len(classes) // rule.bn)
+    exponentials_kernel[(tiles,)](
+        hidden, weight, bias, *cells, bounds, scales, kept[0], *partials,
+        len(hidden), len(weight), hidden.shape[1], rows.start, rows.stop, classes.start, *kept[1:], problem.block,
+        *hidden.stride(), *weight.stride(), *strides(bias, 1), tile,
+        num_warps=rule.num_warps, **all_registers(),
+    )  # fmt: skip
+
+
+def forward(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed, keep: bool
+) -> tuple[LogSums, torch.Tensor, torch.Tensor]:
+    """The sums of hidden [R, D], weight [C, D], bias [C] and n listed cells; the exponents x [n] of the positives; and
+    what backward needs of E in a tensor like weight, contiguous, or with ``keep`` False an empty one."""
+    rows, classes, count = len(hidden), len(weight), len(listed.rows)
+    kept = torch.empty(weight.shape if keep else 0, dtype=weight.dtype, device=weight.device)
+    m, S = torch.zeros((2, rows), dtype=torch.float32, device=hidden.device)
+    x = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    with torch.cuda.device_of(hidden):
+        problem = prepare(hidden, weight, bias, listed)
+        kept_rows, tiles = problem.kept_rows if keep else 0, problem.tiles
+        height = max(1, PARTIALS // max(1, tiles) // problem.rule.bm) * problem.rule.bm
+        for first in range(0, rows if classes > 0 else 0, height):
+            some = range(first, min(first + height, rows))
+            pivots, sums = torch.empty((2, tiles, len(some)), dtype=torch.float32, device=hidden.device)
+            e = (kept if kept_rows > 0 else None, kept_rows, kept_rows)
+            launch_exponentials(problem, some, range(classes), e, None, (pivots, sums))
+            if first < kept_rows:
+                stop = min(kept_rows, some.stop)
+                problem.pivots(kept)[:, first:stop] = pivots[:, : stop - first]
+            largest = pivots.amax(0).clamp_(min=0)
+            m[first : some.stop] = largest * LN_2.value
+            S[first : some.stop] = (pivots - largest).exp2_().mul_(sums).sum(0)
+        if count > 0:
+            listed_kernel[(-(-count // LISTED),)](
+                hidden, weight, bias, *listed, x, count, classes, hidden.shape[1],
+                *hidden.stride(), *weight.stride(), *strides(bias, 1), CELLS=LISTED, BK=128, num_warps=4,
+            )  # fmt: skip
+    return LogSums(m, S, *positive_sums(x, listed.rows, rows)), x, kept
+
+
+def positive_sums(x: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """m_p, S_p: each row has as many listed cells, which may be none."""
+    if len(x) == 0:
+        return torch.zeros((2, count), dtype=x.dtype, device=x.device).unbind()
+    x = x[rows.sort(stable=True).indices].view(count, -1)
+    m = x.amax(1).clamp_(0, FLOAT_MAX.value)
+    return m, (x - m[:, None]).exp_().sum(1)
+
+
+# --- backward ------------------------------------------------------------------------------------------------------
+
+
+class Scales(NamedTuple):
+    """How G is scaled. The m of forward are whole numbers of log 2, and their largest over the ranks is one of them."""
+
+    k: torch.Tensor  # [R]
+    factors: torch.Tensor  # [R]: c in units of G
+    positives: torch.Tensor  # [n]: what is taken from G at cells
+
+
+def scales_of(problem: Problem, x: torch.Tensor, sums: LogSums, upstream: torch.Tensor) -> Scales:
+    lift = problem.tile.LIFT.value
+    one_n, one_p = torch.exp(-sums.m_n) + sums.S_n, torch.exp(-sums.m_p) + sums.S_p  # at least 1
+    one_n = one_n.clamp(max=FLOAT_MAX.value)
+    digits = one_n.log2().floor_()
+    unit = one_n * torch.exp2(lift - digits)  # exp(l_n) in units of G, 2^LIFT to 2^(LIFT + 1)
+    x, rows = x[problem.order], problem.cells.rows
+    positives = torch.exp(x - sums.m_p[rows]) * (unit / one_p)[rows]
+    k = (sums.m_n * LOG2_E.value).round_() + digits
+    return Scales(k, upstream.float() / unit, positives)
+
+
+def fill_block(
+    problem: Problem, g: torch.Tensor, classes: range, scales: Scales, kept: torch.Tensor | None, pivots: torch.Tensor
+) -> None:
+    """g [R, classes] = G."""
+    (rows, width), rule, cells = g.shape, problem.rule, problem.cells
+    kept_rows, tiles = pivots.shape[1], -(-width // rule.bn)
+    if kept_rows > 0:
+        e = kept.view(-1)[classes.start * kept_rows : classes.stop * kept_rows]
+        rescale_kernel[(-(-kept_rows // 32) * tiles,)](
+            e, pivots[classes.start // rule.bn :], scales.k, g, kept_rows, width, BM=32, BN=rule.bn, num_warps=4
+        )
+    if kept_rows < rows:
+        launch_exponentials(problem, range(kept_rows, rows), classes, (g, rows, 0), scales.k)
+    if len(cells.rows) > 0:
+        put_kernel[(tiles,)](
+            g, cells.rows, cells.classes, scales.positives, problem.bounds, classes.start, width, -(-rows // rule.bm),
+            BN=rule.bn, LANES=LANES, num_warps=4,
+        )  # fmt: skip
+
+
+def in_range(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x in a dtype, and for float16 the power of two by which it is to be multiplied."""
+    if dtype != torch.float16:
+        return x.to(dtype), None
+    largest = x.abs().amax()
+    unit = torch.where(largest > 0, torch.exp2(largest.log2().floor().clamp(min=-100) - 14), 1.0)
+    return (x / unit).to(dtype), unit
+
+
+def product(a: torch.Tensor, b: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+    """In float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        out = a.float() @ b.float()
+    else:
+        out = torch.mm(a, b, out_dtype=torch.float32)
+    return out if unit is None else out.mul_(unit)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The total [rows, columns], float32, plus a b."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return total.addmm_(a.float(), b.float())
+    return torch.addmm(total, a, b, out_dtype=torch.float32)
+
+
+def backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    listed: Listed,
+    x: torch.Tensor,
+    kept: torch.Tensor,
+    sums: LogSums,
+    upstream: torch.Tensor,
+    wanted: tuple[bool, bool, bool],
+    weight_grad: Callable[[int, torch.Tensor], None] | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The wanted ones of the gradients of hidden (float32), weight and bias, from what forward returned, its sums
+    merged over all ranks, and upstream [R]. That of weight is written over kept, if that is not empty; or given to
+    ``weight_grad`` block by block, in float32."""
+    (rows, size), classes = hidden.shape, len(weight)
+    of_hidden = torch.zeros((rows, size), dtype=torch.float32, device=hidden.device) if wanted[0] else None
+    of_weight = of_bias = None
+    if wanted[1] and weight_grad is None:
+        of_weight = kept if kept.numel() > 0 else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    if wanted[2]:
+        of_bias = torch.empty(classes, dtype=bias.dtype, device=bias.device)
+    with torch.cuda.device_of(hidden):
+        problem = prepare(hidden, weight, bias, listed)
+        scales = scales_of(problem, x, sums, upstream)
+        pivots = problem.pivots(kept).clone() if kept.numel() > 0 else kept.new_empty((0, 0), dtype=torch.float32)
+        dtype, block = torch.promote_types(hidden.dtype, weight.dtype), problem.block
+        shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)  # c h
+        factors, unit_b = in_range(scales.factors[:, None], dtype)
+        scratch = torch.empty(rows * min(block, classes), dtype=dtype, device=hidden.device)
+        blocks = range(0, classes, block)
+        for first in blocks if kept.numel() == 0 else reversed(blocks):
+            some = range(first, min(first + block, classes))
+            g = scratch[: rows * len(some)].view(rows, len(some))
+            fill_block(problem, g, some, scales, kept, pivots)
+            if of_hidden is not None:
+                of_hidden = add_product(of_hidden, g, weight[first : some.stop].to(dtype))
+            if weight_grad is not None and wanted[1]:
+                weight_grad(first, product(g.t(), shares, unit))
+            elif of_weight is not None:
+                of_weight[first : some.stop] = product(g.t(), shares, unit)
+            if of_bias is not None:
+                of_bias[first : some.stop] = product(g.t(), factors, unit_b)[:, 0]
+        if of_hidden is not None:
+            of_hidden.mul_(scales.factors[:, None])
+    return of_hidden, of_weight, of_bias
