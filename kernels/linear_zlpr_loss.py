@@ -4,8 +4,8 @@ With s = h W^T + b, labels t of the few cells that are listed and 0 elsewhere, e
 
     l_n = log(1 + sum (1 - t) exp(s))      l_p = log(1 + sum_listed t exp(-s))      loss = l_n + l_p
 
-The exponents x = log t - s of the second sum are computed cell by cell. The first runs over E = (1 - t) exp(s), in tiles,
-where listed cells are set to 0 if t = 1: they are never subtracted. Backward, with g upstream and c = g exp(-l_n),
+The exponents x = log t - s of the second sum are computed cell by cell. The first sum runs over tiles of E = (1 - t)
+exp(s), where listed cells are set to 0 if t = 1: they are never subtracted. Backward, with g upstream, c = g exp(-l_n),
 
     G = E - exp(x - l_p + l_n) at listed cells       dh = c (G W)       dW = G^T (c h)       db = G^T c
 
@@ -61,8 +61,7 @@ class Tile:
     BK: Any  # of D at a time
     EVEN: Any  # BK divides D
     ALIGNED: Any  # 16 divides C
-    OPERAND: Any  # dtype of products
-    PRECISION: Any  # of them, in float32
+    PRECISION: Any  # of products whose operands are float32
     LIFT: Any
     STAGES: Any
 
@@ -78,10 +77,10 @@ class Matrix(NamedTuple):
 
 
 class Corner(NamedTuple):
-    """Of a tile."""
+    """The first cell of a tile."""
 
-    m: Any  # [BM]: rows
-    n: Any  # [BN]: classes
+    m: Any  # row
+    n: Any  # class
     number: Any  # of the tile: those of the same classes follow each other
 
 
@@ -105,45 +104,51 @@ def load_vectors(x, at, d_first, tile):
     if not tile.EVEN:
         inside = inside & (d < x.size)[None, :]
     ptrs = (x.ptr + at.to(tl.int64) * x.stride_n)[:, None] + (d.to(tl.int64) * x.stride_d)[None, :]
-    return tl.load(ptrs, mask=inside, other=0.0).to(tile.OPERAND)
+    return tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit
 def scores_of(hidden, weight, bias, stride_b, corner, tile):
     """[BM, BN]; -inf where there is no class."""
-    s = tl.zeros([tile.BM, tile.BN], dtype=tl.float32)
-    for d_first in tl.range(0, hidden.size, tile.BK, num_stages=tile.STAGES):
-        h_m = load_vectors(hidden, corner.m, d_first, tile)  # [BM, BK]
-        w_n = load_vectors(weight, corner.n, d_first, tile)  # [BN, BK]
-        s = tl.dot(h_m, tl.trans(w_n), acc=s, input_precision=tile.PRECISION)
-    b_n = tl.where(corner.n < weight.count, 0.0, float("-inf"))
+    m = corner.m + tl.arange(0, tile.BM)
+    n = corner.n + tl.arange(0, tile.BN)
+    b_n = tl.where(n < weight.count, 0.0, float("-inf"))
     if bias is not None:
-        at = bias + corner.n.to(tl.int64) * stride_b
-        b_n = tl.load(at, mask=corner.n < weight.count, other=float("-inf")).to(tl.float32)
-    return s + b_n[None, :]
-
-
-@triton.jit
-def weigh(s, cells, corner):
-    """The scores of a tile, plus log(1 - t) where cells are listed; t is 1, or left out, if it is not in [0, 1)."""
-    stop = tl.load(cells.bounds + corner.number + 1)
-    for i in range(tl.load(cells.bounds + corner.number), stop):
-        here = (corner.m == tl.load(cells.rows + i))[:, None] & (corner.n == tl.load(cells.classes + i))[None, :]
-        if cells.labels is None:
-            s = tl.where(here, float("-inf"), s)
-        else:
-            t = tl.load(cells.labels + i).to(tl.float32)
-            log_rest = tl.log(tl.where((t >= 0.0) & (t < 1.0), 1.0 - t, 1.0))
-            s = tl.where(here, tl.where((t >= 0.0) & (t < 1.0), s + log_rest, float("-inf")), s)
+        b_n = tl.load(bias + n.to(tl.int64) * stride_b, mask=n < weight.count, other=float("-inf")).to(tl.float32)
+    s = tl.zeros([tile.BM, tile.BN], dtype=tl.float32) + b_n[None, :]
+    for d_first in tl.range(0, hidden.size, tile.BK, num_stages=tile.STAGES):
+        h_m = load_vectors(hidden, m, d_first, tile)  # [BM, BK]
+        w_n = load_vectors(weight, n, d_first, tile)  # [BN, BK]
+        s = tl.dot(h_m, tl.trans(w_n), acc=s, input_precision=tile.PRECISION)
     return s
 
 
 @triton.jit
-def store_exponentials(out, e, corner, kept, first, width, tile):
-    """In a block [kept rows, width] whose classes start at ``first``."""
-    at = (corner.m.to(tl.int64) * width)[:, None] + (corner.n - first)[None, :]
-    inside = (corner.m < kept)[:, None] & (corner.n < first + width)[None, :]
-    tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
+def weigh(s, cells, corner, tile):
+    """The scores of a tile, plus log(1 - t) where cells are listed; t is 1, or left out, if it is not in [0, 1)."""
+    stop = tl.load(cells.bounds + corner.number + 1)
+    for i in range(tl.load(cells.bounds + corner.number), stop):
+        # Compared with constants, for which no thread needs registers.
+        m = (tl.load(cells.rows + i) - corner.m).to(tl.int32) == tl.arange(0, tile.BM)
+        n = (tl.load(cells.classes + i) - corner.n).to(tl.int32) == tl.arange(0, tile.BN)
+        here = m[:, None] & n[None, :]
+        if cells.labels is None:
+            s = tl.where(here, float("-inf"), s)
+        else:
+            t = tl.load(cells.labels + i).to(tl.float32)
+            partly = (t >= 0.0) & (t < 1.0)
+            log_rest = tl.log(tl.where(partly, 1.0 - t, 1.0))
+            s = tl.where(here, tl.where(partly, s + log_rest, float("-inf")), s)
+    return s
+
+
+@triton.jit
+def store_exponentials(out, e, corner, kept, block, tile):
+    """Of a block [kept rows, width] a tile; ``block``: its first class, and width."""
+    m = corner.m + tl.arange(0, tile.BM)
+    n = corner.n - block[0] + tl.arange(0, tile.BN)
+    inside = (m < kept)[:, None] & (n < block[1])[None, :]
+    tl.store(out + (m.to(tl.int64) * block[1])[:, None] + n[None, :], e.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -160,27 +165,29 @@ def exponentials_kernel(
     m_first = first_row + tl.program_id(0) % of_rows * tile.BM
     n_first = first_class + tl.program_id(0) // of_rows * tile.BN
     tile_n = (n_first // tile.BN).to(tl.int64)
-    number = tile_n * tl.cdiv(rows, tile.BM) + m_first // tile.BM
-    corner = Corner(m_first + tl.arange(0, tile.BM), n_first + tl.arange(0, tile.BN), number)
+    corner = Corner(m_first, n_first, tile_n * tl.cdiv(rows, tile.BM) + m_first // tile.BM)
     of_hidden = Matrix(hidden, stride_hn, stride_hd, rows, size)
     s = scores_of(of_hidden, Matrix(weight, stride_wn, stride_wd, classes, size), bias, stride_b, corner, tile)
-    s = weigh(s, Cells(listed_rows, listed_classes, labels, bounds), corner)
-    inside = corner.m < stop_row
+    s = weigh(s, Cells(listed_rows, listed_classes, labels, bounds), corner, tile)
+    m = m_first + tl.arange(0, tile.BM)
     if scales is None:
         p = tl.minimum(tl.maximum(tl.floor(tl.max(s, axis=1) * LOG2_E), -FLOAT_MAX), FLOAT_MAX)  # [BM]: no inf - inf
     else:
-        p = tl.load(scales + corner.m, mask=inside, other=0.0)
-    e = tl.exp2(s * LOG2_E - (p - tile.LIFT)[:, None])
+        p = tl.load(scales + m, mask=m < stop_row, other=0.0)
+    # 2^-p exp(s), with log 2 in two parts: s less the first one of p is exact where s is large.
+    e = tl.exp2(
+        (s - (p * 0.693359375)[:, None]) * LOG2_E + (p * (2.12194440054690583e-4 * LOG2_E) + tile.LIFT)[:, None]
+    )
     if scales is None:
-        at = tile_n * (stop_row - first_row) + corner.m - first_row
-        tl.store(pivots + at, p, mask=inside)
-        tl.store(sums + at, tl.sum(e, axis=1) * 2.0**-tile.LIFT, mask=inside)
+        at = tile_n * (stop_row - first_row) + m - first_row
+        tl.store(pivots + at, p, mask=m < stop_row)
+        tl.store(sums + at, tl.sum(e, axis=1) * 2.0**-tile.LIFT, mask=m < stop_row)
     if out is not None:
         first = n_first // block * block
         width = tl.minimum(block, classes - first)
         if tile.ALIGNED:
             width = tl.multiple_of(width, 16)
-        store_exponentials(out + first.to(tl.int64) * before, e, corner, kept, first, width, tile)
+        store_exponentials(out + first.to(tl.int64) * before, e, corner, kept, (first, width), tile)
 
 
 # --- listed cells --------------------------------------------------------------------------------------------------
@@ -258,24 +265,19 @@ class Plan(NamedTuple):
     stages: int
 
 
-def plan(dtype: torch.dtype, hip: bool) -> Plan:
+def plan(rows: int, dtype: torch.dtype, hip: bool) -> Plan:
     """The launch parameters, by rule: the largest tiles that no chip spills. Three products where tf32x3 multiplies."""
+    stages = 2 if hip else 4  # of 64 KiB shared memory
     if dtype == torch.float32:
-        return Plan(64, 64, 32, 4, 2 if hip else 3)
-    return Plan(128, 128, 64, 8, 2 if hip else 4)
-
-
-DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+        return Plan(128, 64, 32, 8, min(3, stages))
+    return Plan(128 if hip or rows <= 128 else 256, 128, 32, 8, stages)
 
 
 @cache
-def tile_of(size: int, aligned: bool, hidden: torch.dtype, weight: torch.dtype, hip: bool) -> tuple[Plan, Tile]:
-    operand = torch.promote_types(hidden, weight)
-    rule, lift = plan(operand, hip), 14 if weight == torch.float16 else 0
-    fields = (
-        rule.bm, rule.bn, rule.bk, size % rule.bk == 0, aligned, DTYPES[operand], float32_precision(), lift,
-        rule.stages,
-    )  # fmt: skip
+def tile_of(rows: int, size: int, aligned: bool, dtype: torch.dtype, hip: bool) -> tuple[Plan, Tile]:
+    rule = plan(rows, dtype, hip)
+    lift = 14 if dtype == torch.float16 else 0
+    fields = (rule.bm, rule.bn, rule.bk, size % rule.bk == 0, aligned, float32_precision(), lift, rule.stages)
     return rule, Tile(*map(tl.constexpr, fields))
 
 
@@ -320,7 +322,7 @@ class Problem(NamedTuple):
 def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> Problem:
     rows, classes = len(hidden), len(weight)
     hip = torch.version.hip is not None
-    rule, tile = tile_of(hidden.shape[1], classes % 16 == 0, hidden.dtype, weight.dtype, hip)
+    rule, tile = tile_of(min(rows, 256), hidden.shape[1], classes % 16 == 0, hidden.dtype, hip)
     of_rows = -(-rows // rule.bm)
     tiles = of_rows * -(-classes // rule.bn)
     number = listed.classes // rule.bn * of_rows + listed.rows // rule.bm
@@ -484,7 +486,7 @@ def backward(
         problem = prepare(hidden, weight, bias, listed)
         scales = scales_of(problem, x, sums, upstream)
         pivots = problem.pivots(kept).clone() if kept.numel() > 0 else kept.new_empty((0, 0), dtype=torch.float32)
-        dtype, block = torch.promote_types(hidden.dtype, weight.dtype), problem.block
+        dtype, block = hidden.dtype, problem.block
         shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)  # c h
         factors, unit_b = in_range(scales.factors[:, None], dtype)
         scratch = torch.empty(rows * min(block, classes), dtype=dtype, device=hidden.device)
@@ -494,8 +496,8 @@ def backward(
             g = scratch[: rows * len(some)].view(rows, len(some))
             fill_block(problem, g, some, scales, kept, pivots)
             if of_hidden is not None:
-                of_hidden = add_product(of_hidden, g, weight[first : some.stop].to(dtype))
-            if weight_grad is not None and wanted[1]:
+                of_hidden = add_product(of_hidden, g, weight[first : some.stop])
+            if weight_grad is not None:
                 weight_grad(first, product(g.t(), shares, unit))
             elif of_weight is not None:
                 of_weight[first : some.stop] = product(g.t(), shares, unit)
