@@ -18,11 +18,10 @@ so c stands in the small operands, listed cells ride in the same products, and w
                4  put      listed cells
                5  matrix products, by the library
 
-Exponents are in base 2, and scales are powers of two, which round nothing. A row of a tile is computed under a pivot of
-its own, E 2^-p, p = floor(log2 of its largest), and the sums of its tiles are merged in a fixed order, as numbers of
-(m, S), S exp(m), m >= 0. Backward all tiles are put under the one k of the row, the floor of log2(exp(l_n)) as m and S
-give it: then G is the gradient itself, but for g and a factor from 1 to 2. Where G is float16, 2^LIFT times as large,
-it has all of its digits down to 2^-29 of the largest; so has c h, under a scale that its largest element sets.
+A row of a tile is computed under a pivot p of its own, its largest score: E exp(-p). The sums of tiles are merged in a
+fixed order, as numbers (m, S) that stand for S exp(m), m >= 0. Backward puts all tiles under the l_n of the row: so G is
+the gradient itself, but for g, and neither too large nor lost. In float16 it is 2^LIFT times as large, and has all its
+digits down to 2^-29 of the largest; so has c h, which is scaled by a power of two that its largest element sets.
 
 What is kept beside E are the pivots [tiles, rows], at the end of that memory. E lies packed at its beginning, block
 after block [rows, classes of the block]. So blocks go from the last one to the first: what the gradient of one is
@@ -42,7 +41,7 @@ import triton.language as tl
 from flashpointer.problem import Listed, LogSums
 
 from .cells import all_registers, constant, float32_precision, strides
-from .rows import FLOAT_MAX, LN_2, LOG2_E
+from .rows import FLOAT_MAX, LOG2_E, exp
 
 PARTIALS = 1 << 25  # sums of rows of tiles at a time
 SCRATCH = 1 << 26  # elements of G, or of a block of dW
@@ -62,7 +61,7 @@ class Tile:
     EVEN: Any  # BK divides D
     ALIGNED: Any  # 16 divides C
     PRECISION: Any  # of products whose operands are float32
-    LIFT: Any
+    LIFT: Any  # of E and G, in float16; else 0
     STAGES: Any
 
 
@@ -112,15 +111,15 @@ def scores_of(hidden, weight, bias, stride_b, corner, tile):
     """[BM, BN]; -inf where there is no class."""
     m = corner.m + tl.arange(0, tile.BM)
     n = corner.n + tl.arange(0, tile.BN)
-    b_n = tl.where(n < weight.count, 0.0, float("-inf"))
-    if bias is not None:
-        b_n = tl.load(bias + n.to(tl.int64) * stride_b, mask=n < weight.count, other=float("-inf")).to(tl.float32)
-    s = tl.zeros([tile.BM, tile.BN], dtype=tl.float32) + b_n[None, :]
+    s = tl.zeros([tile.BM, tile.BN], dtype=tl.float32)
     for d_first in tl.range(0, hidden.size, tile.BK, num_stages=tile.STAGES):
         h_m = load_vectors(hidden, m, d_first, tile)  # [BM, BK]
         w_n = load_vectors(weight, n, d_first, tile)  # [BN, BK]
         s = tl.dot(h_m, tl.trans(w_n), acc=s, input_precision=tile.PRECISION)
-    return s
+    b_n = tl.where(n < weight.count, 0.0, float("-inf"))
+    if bias is not None:
+        b_n = tl.load(bias + n.to(tl.int64) * stride_b, mask=n < weight.count, other=float("-inf")).to(tl.float32)
+    return s + b_n[None, :]
 
 
 @triton.jit
@@ -159,7 +158,7 @@ def exponentials_kernel(
     tile: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows first_row..stop_row to a program, from first_class on. Forward: pivots and sums, [tiles, these
-    rows]. Backward, where ``scales`` has the k of each row, none. Of the ``kept`` first rows E: of a block, or of
+    rows]. Backward, with ``scales`` l_n [R] for pivots, none of these. Of the ``kept`` first rows E: of a block, or of
     all, which then for each class before it have ``before`` elements."""
     of_rows = tl.cdiv(stop_row - first_row, tile.BM)
     m_first = first_row + tl.program_id(0) % of_rows * tile.BM
@@ -171,13 +170,10 @@ def exponentials_kernel(
     s = weigh(s, Cells(listed_rows, listed_classes, labels, bounds), corner, tile)
     m = m_first + tl.arange(0, tile.BM)
     if scales is None:
-        p = tl.minimum(tl.maximum(tl.floor(tl.max(s, axis=1) * LOG2_E), -FLOAT_MAX), FLOAT_MAX)  # [BM]: no inf - inf
+        p = tl.minimum(tl.maximum(tl.max(s, axis=1), -FLOAT_MAX), FLOAT_MAX)  # [BM]: no inf - inf
     else:
         p = tl.load(scales + m, mask=m < stop_row, other=0.0)
-    # 2^-p exp(s), with log 2 in two parts: s less the first one of p is exact where s is large.
-    e = tl.exp2(
-        (s - (p * 0.693359375)[:, None]) * LOG2_E + (p * (2.12194440054690583e-4 * LOG2_E) + tile.LIFT)[:, None]
-    )
+    e = tl.exp2((s - p[:, None]) * LOG2_E + tile.LIFT)
     if scales is None:
         at = tile_n * (stop_row - first_row) + m - first_row
         tl.store(pivots + at, p, mask=m < stop_row)
@@ -199,7 +195,8 @@ def listed_kernel(
     stride_hn, stride_hd, stride_wn, stride_wd, stride_b,
     CELLS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """x = log t - s [n] of CELLS listed cells to a program; -inf where no cell is, or t is not above 0."""
+    """x = log t - s [n] of CELLS listed cells to a program; -inf where there is none, t is not above 0, or s is
+    -inf."""
     i = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
     m = tl.load(listed_rows + i, mask=i < count, other=0)
     n = tl.load(listed_classes + i, mask=i < count, other=classes)
@@ -213,11 +210,13 @@ def listed_kernel(
         s += tl.sum(h_m.to(tl.float32) * w_n.to(tl.float32), axis=1)
     if bias is not None:
         s += tl.load(bias + n * stride_b, mask=here, other=0.0).to(tl.float32)
-    if labels is None:
-        tl.store(x + i, tl.where(here, -s, float("-inf")), mask=i < count)
-    else:
+    here = here & (s != float("-inf"))
+    of_cell = -s
+    if labels is not None:
         t = tl.load(labels + i, mask=here, other=0.0).to(tl.float32)
-        tl.store(x + i, tl.where(t > 0.0, tl.log(t) - s, float("-inf")), mask=i < count)
+        here = here & (t > 0.0)
+        of_cell = tl.log(tl.where(here, t, 1.0)) - s
+    tl.store(x + i, tl.where(here, of_cell, float("-inf")), mask=i < count)
 
 
 @triton.jit
@@ -239,13 +238,13 @@ def put_kernel(
 
 @triton.jit
 def rescale_kernel(kept, pivots, scales, out, rows, width, BM: tl.constexpr, BN: tl.constexpr):
-    """A block [rows, width] of E, from under pivots [tiles, rows] under the k of each row: BM rows of BN classes."""
+    """A block [rows, width] of E, from under pivots [tiles, rows] under l_n [rows]: BM rows of BN classes."""
     of_rows = tl.cdiv(rows, BM)
     m = (tl.program_id(0) % of_rows * BM + tl.arange(0, BM)).to(tl.int64)
     tile_n = tl.program_id(0) // of_rows
     n = tile_n * BN + tl.arange(0, BN)
     p = tl.load(pivots + tile_n.to(tl.int64) * rows + m, mask=m < rows, other=0.0)
-    factor = tl.exp2(p - tl.load(scales + m, mask=m < rows, other=0.0))
+    factor = exp(p - tl.load(scales + m, mask=m < rows, other=0.0), True)
     at = (m * width)[:, None] + n[None, :]
     inside = (m < rows)[:, None] & (n < width)[None, :]
     e = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
@@ -276,7 +275,7 @@ def plan(rows: int, dtype: torch.dtype, hip: bool) -> Plan:
 @cache
 def tile_of(rows: int, size: int, aligned: bool, dtype: torch.dtype, hip: bool) -> tuple[Plan, Tile]:
     rule = plan(rows, dtype, hip)
-    lift = 14 if dtype == torch.float16 else 0
+    lift = 15 if dtype == torch.float16 else 0
     fields = (rule.bm, rule.bn, rule.bk, size % rule.bk == 0, aligned, float32_precision(), lift, rule.stages)
     return rule, Tile(*map(tl.constexpr, fields))
 
@@ -373,8 +372,8 @@ def forward(
                 stop = min(kept_rows, some.stop)
                 problem.pivots(kept)[:, first:stop] = pivots[:, : stop - first]
             largest = pivots.amax(0).clamp_(min=0)
-            m[first : some.stop] = largest * LN_2.value
-            S[first : some.stop] = (pivots - largest).exp2_().mul_(sums).sum(0)
+            m[first : some.stop] = largest
+            S[first : some.stop] = (pivots - largest).exp_().mul_(sums).sum(0)
         if count > 0:
             listed_kernel[(-(-count // LISTED),)](
                 hidden, weight, bias, *listed, x, count, classes, hidden.shape[1],
@@ -396,23 +395,21 @@ def positive_sums(x: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torc
 
 
 class Scales(NamedTuple):
-    """How G is scaled. The m of forward are whole numbers of log 2, and their largest over the ranks is one of them."""
+    """How G is scaled."""
 
-    k: torch.Tensor  # [R]
-    factors: torch.Tensor  # [R]: c in units of G
-    positives: torch.Tensor  # [n]: what is taken from G at cells
+    pivots: torch.Tensor  # [R]: l_n, as far as float32 tells
+    factors: torch.Tensor  # [R]: c, in units of G
+    positives: torch.Tensor  # [n]: what is taken from G at the cells, in their order
 
 
 def scales_of(problem: Problem, x: torch.Tensor, sums: LogSums, upstream: torch.Tensor) -> Scales:
-    lift = problem.tile.LIFT.value
     one_n, one_p = torch.exp(-sums.m_n) + sums.S_n, torch.exp(-sums.m_p) + sums.S_p  # at least 1
-    one_n = one_n.clamp(max=FLOAT_MAX.value)
-    digits = one_n.log2().floor_()
-    unit = one_n * torch.exp2(lift - digits)  # exp(l_n) in units of G, 2^LIFT to 2^(LIFT + 1)
+    pivots = sums.m_n + torch.log(one_n)
+    unit = one_n * torch.exp(sums.m_n - pivots)  # of what the pivots round away
+    unit = torch.where(pivots == torch.inf, 1.0, unit) * 2.0**problem.tile.LIFT.value
     x, rows = x[problem.order], problem.cells.rows
     positives = torch.exp(x - sums.m_p[rows]) * (unit / one_p)[rows]
-    k = (sums.m_n * LOG2_E.value).round_() + digits
-    return Scales(k, upstream.float() / unit, positives)
+    return Scales(pivots, upstream.float() / unit, positives)
 
 
 def fill_block(
@@ -424,10 +421,10 @@ def fill_block(
     if kept_rows > 0:
         e = kept.view(-1)[classes.start * kept_rows : classes.stop * kept_rows]
         rescale_kernel[(-(-kept_rows // 32) * tiles,)](
-            e, pivots[classes.start // rule.bn :], scales.k, g, kept_rows, width, BM=32, BN=rule.bn, num_warps=4
+            e, pivots[classes.start // rule.bn :], scales.pivots, g, kept_rows, width, BM=32, BN=rule.bn, num_warps=4
         )
     if kept_rows < rows:
-        launch_exponentials(problem, range(kept_rows, rows), classes, (g, rows, 0), scales.k)
+        launch_exponentials(problem, range(kept_rows, rows), classes, (g, rows, 0), scales.pivots)
     if len(cells.rows) > 0:
         put_kernel[(tiles,)](
             g, cells.rows, cells.classes, scales.positives, problem.bounds, classes.start, width, -(-rows // rule.bm),
@@ -436,12 +433,12 @@ def fill_block(
 
 
 def in_range(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x in a dtype, and for float16 the power of two by which it is to be multiplied."""
-    if dtype != torch.float16:
-        return x.to(dtype), None
-    largest = x.abs().amax()
+    """x divided by a power of two, and this one: None, but for what is to be float16."""
+    if dtype != torch.float16 or x.numel() == 0:
+        return x, None
+    largest = x.abs().max()
     unit = torch.where(largest > 0, torch.exp2(largest.log2().floor().clamp(min=-100) - 14), 1.0)
-    return (x / unit).to(dtype), unit
+    return x / unit, unit
 
 
 def product(a: torch.Tensor, b: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
@@ -487,8 +484,11 @@ def backward(
         scales = scales_of(problem, x, sums, upstream)
         pivots = problem.pivots(kept).clone() if kept.numel() > 0 else kept.new_empty((0, 0), dtype=torch.float32)
         dtype, block = hidden.dtype, problem.block
-        shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)  # c h
-        factors, unit_b = in_range(scales.factors[:, None], dtype)
+        shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)
+        shares = shares.to(dtype)  # c h
+        factors, unit_b = in_range(scales.factors, dtype)
+        high = factors.to(dtype)
+        factors = torch.stack([high, (factors - high).to(dtype)], 1)  # c in two parts: what they sum up to may cancel
         scratch = torch.empty(rows * min(block, classes), dtype=dtype, device=hidden.device)
         blocks = range(0, classes, block)
         for first in blocks if kept.numel() == 0 else reversed(blocks):
@@ -502,7 +502,7 @@ def backward(
             elif of_weight is not None:
                 of_weight[first : some.stop] = product(g.t(), shares, unit)
             if of_bias is not None:
-                of_bias[first : some.stop] = product(g.t(), factors, unit_b)[:, 0]
+                of_bias[first : some.stop] = product(g.t(), factors, unit_b).sum(1)
         if of_hidden is not None:
             of_hidden.mul_(scales.factors[:, None])
     return of_hidden, of_weight, of_bias
