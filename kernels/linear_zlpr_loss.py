@@ -19,8 +19,8 @@ so c stands in the small operands, listed cells ride in the same products, and w
                5  matrix products, by the library
 
 A row of a tile is computed under a pivot p of its own, its largest score: E exp(-p). The sums of tiles are merged in a
-fixed order, as numbers (m, S) that stand for S exp(m), m >= 0. Backward puts all tiles under the l_n of the row: so G is
-the gradient itself, but for g, and neither too large nor lost. In float16 it is 2^LIFT times as large, and has all its
+fixed order, as numbers (m, S) that stand for S exp(m), m >= 0. Backward puts all tiles under the l_n of a row, so that
+G is the gradient itself, but for g: neither too large nor lost. In float16 it is 2^LIFT times as large, and has all its
 digits down to 2^-29 of the largest; so has c h, which is scaled by a power of two that its largest element sets.
 
 What is kept beside E are the pivots [tiles, rows], at the end of that memory. E lies packed at its beginning, block
@@ -484,11 +484,13 @@ def backward(
         scales = scales_of(problem, x, sums, upstream)
         pivots = problem.pivots(kept).clone() if kept.numel() > 0 else kept.new_empty((0, 0), dtype=torch.float32)
         dtype, block = hidden.dtype, problem.block
-        shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)
-        shares = shares.to(dtype)  # c h
-        factors, unit_b = in_range(scales.factors, dtype)
-        high = factors.to(dtype)
-        factors = torch.stack([high, (factors - high).to(dtype)], 1)  # c in two parts: what they sum up to may cancel
+        if of_weight is not None or weight_grad is not None:
+            shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)
+            shares = shares.to(dtype)  # c h
+        if of_bias is not None:
+            factors, unit_b = in_range(scales.factors, dtype)
+            high = factors.to(dtype)
+            factors = torch.stack([high, (factors - high).to(dtype)], 1)  # c in two parts: what it sums may cancel
         scratch = torch.empty(rows * min(block, classes), dtype=dtype, device=hidden.device)
         blocks = range(0, classes, block)
         for first in blocks if kept.numel() == 0 else reversed(blocks):
@@ -499,6 +501,8 @@ def backward(
                 of_hidden = add_product(of_hidden, g, weight[first : some.stop])
             if weight_grad is not None:
                 weight_grad(first, product(g.t(), shares, unit))
+            elif of_weight is not None and unit is None:
+                torch.mm(g.t(), shares, out=of_weight[first : some.stop])
             elif of_weight is not None:
                 of_weight[first : some.stop] = product(g.t(), shares, unit)
             if of_bias is not None:
