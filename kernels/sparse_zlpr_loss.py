@@ -29,15 +29,8 @@ def pack_positives_kernel(
     tl.atomic_or(words + row * width + c // 32, bit, mask=(c >= 0) & (c < classes) & (c != ignore_index), sem="relaxed")
 
 
-def forward(
-    scores: torch.Tensor,
-    positives: torch.Tensor,
-    mask: torch.Tensor | None,
-    grad_scale: float,
-    with_grad: bool,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``zlpr_loss.forward``, with positives [outer, inner, listed] in place of labels."""
+def packed(scores: torch.Tensor, positives: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The lists [outer, inner, listed] as bytes of 8 classes each, of scores [outer, inner, classes]."""
     outer, inner, classes = scores.shape
     listed, width = positives.shape[-1], -(-classes // 32)
     words = torch.zeros((outer, inner, width), dtype=torch.int32, device=scores.device)
@@ -47,4 +40,38 @@ def forward(
                 positives, words, positives.numel(), inner, listed, classes, width, ignore_index, *positives.stride(),
                 BLOCK=256, num_warps=4,
             )  # fmt: skip
-    return zlpr_loss.forward(scores, words.view(torch.uint8), mask, grad_scale, with_grad, labels_kind="packed")
+    return words.view(torch.uint8)
+
+
+def forward(
+    scores: torch.Tensor,
+    positives: torch.Tensor,
+    mask: torch.Tensor | None,
+    grad_scale: float,
+    with_grad: bool,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``zlpr_loss.forward``, with positives [outer, inner, listed] in place of labels."""
+    bits = packed(scores, positives, ignore_index)
+    return zlpr_loss.forward(scores, bits, mask, grad_scale, with_grad, labels_kind="packed")
+
+
+def shard_log_sums(
+    scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int
+) -> torch.Tensor:
+    bits = packed(scores, positives, ignore_index)
+    sums: torch.Tensor = zlpr_loss.shard_log_sums(scores, bits, mask, labels_kind="packed")
+    return sums
+
+
+def shard_gradient(
+    scores: torch.Tensor,
+    positives: torch.Tensor,
+    mask: torch.Tensor | None,
+    sums: torch.Tensor,
+    grad_scale: float,
+    ignore_index: int,
+) -> torch.Tensor:
+    bits = packed(scores, positives, ignore_index)
+    grad: torch.Tensor = zlpr_loss.shard_gradient(scores, bits, mask, sums, grad_scale, labels_kind="packed")
+    return grad

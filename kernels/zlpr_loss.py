@@ -400,8 +400,7 @@ def plan(rows: int, classes: int, kind: str = "bool") -> Plan:
     rows so short that several share a program has a predicate of its own, too.
     """
     if classes > LONGEST_BLOCK:
-        blocks = -(-classes // SWEEP_BLOCK)
-        return Plan(1, SWEEP_BLOCK, min(blocks, max(1, ENOUGH_PROGRAMS // max(1, rows))), 4)
+        return sweep_plan(rows, classes)
     cells = 64 if classes > LONGEST_BLOCK // 2 and kind in ("bool", "packed") else 32
     if classes % 16 != 0:
         cells = 8 if classes <= 64 else 32
@@ -409,10 +408,30 @@ def plan(rows: int, classes: int, kind: str = "bool") -> Plan:
     return Plan(together, block, 0, num_warps)
 
 
+def sweep_plan(rows: int, classes: int) -> Plan:
+    """Of rows that are swept, however short."""
+    blocks = -(-classes // SWEEP_BLOCK)
+    return Plan(1, SWEEP_BLOCK, min(blocks, max(1, ENOUGH_PROGRAMS // max(1, rows))), 4)
+
+
+def chunks_of(classes: int, block: int, splits: int) -> tuple[int, int]:
+    """How many columns a split has, whole blocks, and how many splits then have any."""
+    chunk = -(-classes // (block * splits)) * block
+    return chunk, -(-classes // chunk)
+
+
 def label_kind(labels: torch.Tensor) -> str:
     if labels.dtype == torch.bool:
         return "bool"
     return "soft" if labels.dtype.is_floating_point else "integer"
+
+
+def _as_bytes(
+    labels: torch.Tensor, mask: torch.Tensor | None, labels_kind: str | None
+) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    kind = labels_kind or label_kind(labels)
+    labels = labels.view(torch.uint8) if kind == "bool" else labels
+    return labels, None if mask is None else mask.view(torch.uint8), kind
 
 
 def forward(
@@ -434,9 +453,7 @@ def forward(
     grad = torch.empty(scores.shape if with_grad else 0, dtype=scores.dtype, device=scores.device)
     if rows == 0 or classes == 0:
         return loss.zero_(), grad
-    kind = labels_kind or label_kind(labels)
-    labels = labels.view(torch.uint8) if kind == "bool" else labels
-    mask = None if mask is None else mask.view(torch.uint8)
+    labels, mask, kind = _as_bytes(labels, mask, labels_kind)
     of_inputs = strides(scores, labels, mask)
     together, block, splits, num_warps = plan(rows, classes, kind)
     constants = {"LABELS": kind, "BLOCK": block, "num_warps": num_warps}
@@ -452,8 +469,7 @@ def forward(
                 WITH_GRAD=with_grad, **constants,
             )  # fmt: skip
         else:
-            chunk = -(-classes // (block * splits)) * block
-            splits = -(-classes // chunk)
+            chunk, splits = chunks_of(classes, block, splits)
             partials = torch.empty((rows, splits, 4), dtype=torch.float32, device=scores.device)
             zlpr_partial_kernel[(rows, splits)](
                 scores, labels, mask, partials, inner, classes, chunk, *of_inputs, **constants
@@ -463,3 +479,55 @@ def forward(
                 WITH_GRAD=with_grad, SPLITS=power_of_two(splits), **constants,
             )  # fmt: skip
     return loss, grad
+
+
+# --- of a shard of the classes ---------------------------------------------------------------------------------------
+
+
+def shard_log_sums(
+    scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, labels_kind: str | None = None
+) -> torch.Tensor:
+    """m_n, S_n, m_p and S_p of parts of each row [parts, 4, rows], in float32; m may be below 0. Inputs as for
+    ``forward``."""
+    outer, inner, classes = scores.shape
+    rows = outer * inner
+    if rows == 0 or classes == 0:
+        return torch.zeros((1, 4, rows), dtype=torch.float32, device=scores.device)
+    labels, mask, kind = _as_bytes(labels, mask, labels_kind)
+    _, block, splits, num_warps = sweep_plan(rows, classes)
+    chunk, splits = chunks_of(classes, block, splits)
+    partials = torch.empty((rows, splits, 4), dtype=torch.float32, device=scores.device)
+    with torch.cuda.device_of(scores):
+        zlpr_partial_kernel[(rows, splits)](
+            scores, labels, mask, partials, inner, classes, chunk, *strides(scores, labels, mask),
+            LABELS=kind, BLOCK=block, num_warps=num_warps,
+        )  # fmt: skip
+    return partials.permute(1, 2, 0)
+
+
+def shard_gradient(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None,
+    sums: torch.Tensor,
+    grad_scale: float,
+    labels_kind: str | None = None,
+) -> torch.Tensor:
+    """``grad_scale`` times the gradient of the loss whose log-sums over all classes, these and others, are ``sums``
+    [4, rows]; contiguous, in the scores' dtype. Inputs as for ``forward``."""
+    outer, inner, classes = scores.shape
+    rows = outer * inner
+    grad = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    if grad.numel() == 0:
+        return grad
+    labels, mask, kind = _as_bytes(labels, mask, labels_kind)
+    _, block, splits, num_warps = sweep_plan(rows, classes)
+    chunk, splits = chunks_of(classes, block, splits)
+    loss = torch.empty(rows, dtype=torch.float32, device=scores.device)  # once more, for nobody
+    with torch.cuda.device_of(scores):
+        zlpr_merge_kernel[(rows, splits)](
+            scores, labels, mask, sums.t().contiguous(), loss, grad, inner, classes, chunk, 1, grad_scale,
+            *strides(scores, labels, mask),
+            LABELS=kind, WITH_GRAD=True, SPLITS=1, BLOCK=block, num_warps=num_warps,
+        )  # fmt: skip
+    return grad

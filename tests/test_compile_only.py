@@ -110,6 +110,20 @@ def test_zlpr_loss(
     compile_for(chip, lambda: zlpr(shape, scores_dtype, labels, masked, with_grad))
 
 
+@on_every_chip
+@pytest.mark.parametrize("labels", ["bool", "float32", "sparse"])
+@pytest.mark.parametrize("classes", [983, 20000])
+def test_zlpr_loss_of_a_shard(chip: str, classes: int, labels: str) -> None:
+    scores, sums = torch.empty((1, 64, classes), dtype=torch.bfloat16), torch.empty(4, 64)
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    if labels == "sparse":
+        module, given, extra = sparse_zlpr_loss, torch.empty((1, 64, 5), dtype=torch.int64), (-1,)
+    else:
+        module, given, extra = zlpr_loss, torch.empty(scores.shape, dtype=getattr(torch, labels)), ()
+    compile_for(chip, lambda: module.shard_log_sums(scores, given, mask, *extra))
+    compile_for(chip, lambda: module.shard_gradient(scores, given, mask, sums, 1.0, *extra))
+
+
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b >= 256])
 def test_the_row_kernel_moves_16_bytes_at_a_time(chip: str, block: int) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import flashpointer as fp
 
-from .processes import run_in_two
+from .processes import run
 
 TYPES = ["PER", "LOC"]
 LENGTH = 6
@@ -94,7 +94,7 @@ def _dispatched(rank: int) -> None:
 @pytest.mark.slow
 def test_accelerate_dispatches_batches() -> None:
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'flashpointer[test]'")
-    run_in_two(_dispatched)
+    run(2, _dispatched)
 
 
 def _gathered(rank: int) -> None:
@@ -111,7 +111,7 @@ def _gathered(rank: int) -> None:
 @pytest.mark.slow
 def test_accelerate_gathers_for_metrics() -> None:
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'flashpointer[test]'")
-    run_in_two(_gathered)
+    run(2, _gathered)
 
 
 def check_evaluation(folder: str, sizes: tuple[int, ...], **options: Any) -> None:
@@ -155,4 +155,4 @@ def _evaluated(rank: int, folder: str) -> None:
 def test_trainer_computes_metrics_across_ranks(tmp_path: Path) -> None:
     for library in ("accelerate", "transformers"):
         pytest.importorskip(library, reason=f"needs {library}: pip install 'flashpointer[test]'")
-    run_in_two(_evaluated, str(tmp_path))
+    run(2, _evaluated, str(tmp_path))

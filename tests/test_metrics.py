@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import flashpointer as fp
 from flashpointer.metrics import SpanF1
 
-from .processes import run_in_two
+from .processes import run
 
 TYPES = ["PER", "LOC", "ORG"]
 Row = tuple[int, int, int, int]
@@ -103,7 +103,7 @@ def _merged_step(rank: int) -> None:
 
 @pytest.mark.slow
 def test_ranks_add_up() -> None:
-    run_in_two(_merged_step)
+    run(2, _merged_step)
 
 
 def test_predictions_of_trainer() -> None:

@@ -15,7 +15,7 @@ from flashpointer.agreement import Agreement, relative_error
 from flashpointer.spans import to_dense
 
 from .conftest import Place
-from .processes import run_in_two
+from .processes import run
 
 BATCH, LENGTH, HIDDEN, HEADS, SIZE = 4, 7, 12, 3, 8
 HEAD_TYPES = {
@@ -292,7 +292,7 @@ def _parallel_step(rank: int) -> None:
 
 @pytest.mark.slow
 def test_data_parallel() -> None:
-    run_in_two(_parallel_step)
+    run(2, _parallel_step)
 
 
 # --- heads without parameters -------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def _flattened_step(rank: int) -> None:
 
 @pytest.mark.slow
 def test_fsdp1_with_its_defaults() -> None:
-    run_in_two(_flattened_step)
+    run(2, _flattened_step)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

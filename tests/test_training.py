@@ -13,7 +13,7 @@ from flashpointer.agreement import relative_error
 
 from .conftest import Place
 from .problems import OPS, problem
-from .processes import run_in_two
+from .processes import run
 
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -122,4 +122,4 @@ def _parallel_step(rank: int, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_data_parallel(kind: str) -> None:
-    run_in_two(_parallel_step, kind)
+    run(2, _parallel_step, kind)

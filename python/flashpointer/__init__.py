@@ -11,6 +11,7 @@ from importlib.metadata import version as _version
 
 from . import convert, metrics, nn, reference, spans
 from .backends import use_backend
+from .ops.linear_zlpr_loss import linear_zlpr_loss
 from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
@@ -21,6 +22,7 @@ from .ops.zlpr_loss import zlpr_loss
 __version__ = _version("flashpointer")
 __all__ = [
     "convert",
+    "linear_zlpr_loss",
     "metrics",
     "nn",
     "pointer_decode",

@@ -33,6 +33,12 @@ def _zlpr_kl_div(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {"scores": scores.to(dtype), "other": (scores + torch.randn_like(scores)).to(dtype)}
 
 
+def _linear_zlpr_loss(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    shapes = {"hidden": (24, 16), "weight": (983, 16), "bias": (983,)}
+    layer = {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
+    return {**layer, "positives": torch.randint(-2, 983, (24, 9), device=device)}
+
+
 def _pointer_scores(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     vectors = {name: torch.randn(2, 100, 64, device=device).to(dtype) for name in ("q", "k")}
     biases = {name: torch.randn(2, 9, 100, device=device).to(dtype) for name in ("start", "end")}
@@ -50,6 +56,7 @@ OPS: dict[str, tuple[Callable[[torch.device, torch.dtype], dict[str, Any]], tupl
     "zlpr_loss": (_zlpr_loss, ("scores",)),
     "sparse_zlpr_loss": (_sparse_zlpr_loss, ("scores",)),
     "zlpr_kl_div": (_zlpr_kl_div, ("scores", "other")),
+    "linear_zlpr_loss": (_linear_zlpr_loss, ("hidden", "weight", "bias")),
     "pointer_scores": (_pointer_scores, ("q", "k", "start", "end")),
     "pointer_loss": (_pointer_loss, ("q", "k", "start", "end")),
 }

@@ -55,9 +55,21 @@ def compare(
     """
     import flashpointer
 
+    ours = run(getattr(flashpointer, op), inputs, differentiate, upstream)
+    return judge(op, inputs, ours, differentiate=differentiate, upstream=upstream)
+
+
+def judge(
+    op: str,
+    inputs: dict[str, Any],
+    ours: list[torch.Tensor],
+    *,
+    differentiate: tuple[str, ...] = ("scores",),
+    upstream: torch.Tensor | None = None,
+) -> list[Agreement]:
+    """As ``compare``, of a loss and gradients that are there already."""
     oracle = run(getattr(reference, op), _cast(inputs, torch.float64), differentiate, upstream)
     eager = run(getattr(reference, op), inputs, differentiate, upstream)
-    ours = run(getattr(flashpointer, op), inputs, differentiate, upstream)
     least = torch.finfo(inputs["q"].dtype).eps / 8 if op == "pointer_loss" else 0.0
     epsilons = [max(_epsilon(x.dtype), least) for x in ours]
     if op == "pointer_scores":

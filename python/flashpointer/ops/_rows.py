@@ -1,4 +1,4 @@
-"""What the ops on rows of scores share: shapes, reductions and stored gradients."""
+"""What the ops on rows of scores share: shapes, reductions, stored gradients, and shards of classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from .. import backends
+from ..problem import LogSums
+from . import _shards
 from ._register import refuse_second_derivative, register, wanted_again
 
 
@@ -104,3 +106,81 @@ def _stored_gradient(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         return scaled.to(grad.dtype)
     backends.implementation("scale_rows", ctx.backend).scale_(grad, upstream, ctx.factor)
     return grad
+
+
+# --- losses of classes that are sharded over ranks -----------------------------------------------------------------
+
+
+def register_sharded(op: str, labels: str, extra: str, check: Callable[..., None]) -> Any:
+    """Registers the loss of rows whose classes are sharded over the ranks of a process group, as three ops: the
+    log-sums of all classes, which is the one that communicates; the loss, whose log-sums are known; its backward, in
+    which a rank computes the gradient of its own scores from these.
+
+    Arguments as for ``register_with_gradient``. Returns what is called with (scores, labels, mask, reduction, group,
+    backend, *extra), group the name of one.
+    """
+    inputs = f"Tensor scores, Tensor {labels}, Tensor? mask"
+
+    def compute_sums(
+        scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, group: str, backend: str, *extra: Any
+    ) -> torch.Tensor:
+        check(scores, labels, mask, *extra)
+        parts = backends.implementation(op, backend).shard_log_sums(*fold(scores, labels, mask), *extra)
+        return torch.stack(_shards.merge(_shards.merged(parts), group))
+
+    def fake_sums(scores: torch.Tensor, *_: Any) -> torch.Tensor:
+        return fake_loss(scores, "none").new_empty((4, scores.shape[:-1].numel()))
+
+    def compute(
+        scores: torch.Tensor, labels: torch.Tensor, mask: Any, sums: torch.Tensor, reduction: str, *_: Any
+    ) -> Any:
+        return reduce(_shards.value(LogSums(*sums)), scores.shape[:-1], reduction)
+
+    def fake(scores: torch.Tensor, labels: torch.Tensor, mask: Any, sums: torch.Tensor, reduction: str, *_: Any) -> Any:
+        return fake_loss(scores, reduction)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
+
+    def backward(ctx: Any, upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivative(op)
+        grad = None if upstream is None else gradient(*ctx.saved_tensors, upstream, *ctx.options)
+        return (grad, *[None] * (3 + len(ctx.options)))
+
+    def compute_gradient(
+        scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, sums: torch.Tensor,
+        upstream: torch.Tensor, reduction: str, backend: str, *extra: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        share, factor = grad_scales(scores, reduction)
+        grad: torch.Tensor = backends.implementation(op, backend).shard_gradient(
+            *fold(scores, labels, mask), sums, share, *extra
+        )
+        grad = grad.view(scores.shape)
+        backends.implementation("scale_rows", backend).scale_(grad, upstream, factor)
+        return grad
+
+    sums_of = register(f"{op}_log_sums({inputs}, str group, str backend{extra}) -> Tensor", compute_sums, fake_sums)
+    gradient = register(
+        f"{op}_sharded_backward({inputs}, Tensor sums, Tensor upstream, str reduction, str backend{extra}) -> Tensor",
+        compute_gradient,
+        lambda scores, *_: scores.new_empty(scores.shape),
+    )
+    loss_of = register(
+        f"{op}_sharded({inputs}, Tensor sums, str reduction, str backend{extra}) -> Tensor",
+        compute,
+        fake,
+        setup_context,
+        backward,
+    )
+
+    def call(
+        scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, reduction: str, group: str,
+        backend: str, *extra: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        sums = sums_of(scores.detach(), labels, mask, group, backend, *extra)
+        loss: torch.Tensor = loss_of(scores, labels, mask, sums, reduction, backend, *extra)
+        return loss
+
+    return call

@@ -9,6 +9,8 @@ Registered ops take a group by its name.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
@@ -33,28 +35,43 @@ def name_of(op: str, group: object) -> str | None:
     return str(group.group_name)
 
 
-def first_class(op: str, given: object, classes: int, group: dist.ProcessGroup, device: torch.device) -> int:
-    """Where this rank's classes begin among those of all: where ``given`` says, or at rank * classes.
+def refuse_reference(op: str, group: object) -> None:
+    """Raises ValueError for a group under the reference backend."""
+    if group is not None:
+        raise ValueError(f"{op}: group takes None under the reference backend, whose formula is of whole rows")
+
+
+class Shard(NamedTuple):
+    """This rank's classes among those of all."""
+
+    first: int
+    total: int | None  # how many all ranks have, where that is known
+
+
+def shard_of(op: str, first_class: object, classes: int, group: dist.ProcessGroup, device: torch.device) -> Shard:
+    """Where this rank's classes begin: where ``first_class`` says, or at rank * classes.
 
     On a CPU, and elsewhere under ``FLASHPOINTER_CHECK=1``, the ranks tell each other, and all raise if any is wrong.
 
     Raises:
-        TypeError: given is no int.
+        TypeError: first_class is no int.
         ValueError: the shards leave a gap, or overlap.
     """
-    if given is not None and not _checks.is_int(given, 0):
-        raise TypeError(f"{op}: first_class takes an int of at least 0, or None; got {_checks.describe(given)}")
-    first = group.rank() * classes if given is None else given
+    if first_class is not None and not _checks.is_int(first_class, 0):
+        raise TypeError(f"{op}: first_class takes an int of at least 0, or None; got {_checks.describe(first_class)}")
+    first = group.rank() * classes if first_class is None else first_class
     assert isinstance(first, int)
-    if not torch.compiler.is_compiling() and (device.type == "cpu" or backends.CHECK_INDICES):
-        here = torch.tensor([first, first + classes], device=device)
-        bounds = _gather(here, str(group.group_name)).tolist()
-        shards = sorted(shard for shard in bounds if shard[0] != shard[1])
-        if [start for start, _ in shards] != [0, *(stop for _, stop in shards)][: len(shards)]:
-            takes = "the first class of this rank's shard, where the classes of another end; None if all are equal"
-            got = _checks.short([f"{start}:{stop}" for start, stop in bounds])
-            raise ValueError(f"{op}: first_class takes {takes}; got the shards {got}")
-    return first
+    if torch.compiler.is_compiling() or not (device.type == "cpu" or backends.CHECK_INDICES):
+        return Shard(first, None)
+    here = torch.tensor([first, first + classes], device=device)
+    bounds = _gather(here, str(group.group_name)).tolist()
+    shards = sorted(shard for shard in bounds if shard[0] != shard[1])
+    stops = [0, *(stop for _, stop in shards)]
+    if [start for start, _ in shards] != stops[:-1]:
+        takes = "the first class of this rank's shard, where the classes of another end; None if all are equal"
+        got = _checks.short([f"{start}:{stop}" for start, stop in bounds])
+        raise ValueError(f"{op}: first_class takes {takes}; got the shards {got}")
+    return Shard(first, stops[-1])
 
 
 def merge(sums: LogSums, group: str) -> LogSums:

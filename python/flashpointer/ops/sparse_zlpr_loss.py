@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from .. import reference
-from . import _checks, _register, _rows
+from . import _checks, _register, _rows, _shards
 
 OP = "sparse_zlpr_loss"
 
@@ -17,6 +18,8 @@ def sparse_zlpr_loss(
     mask: torch.Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    first_class: int | None = None,
 ) -> torch.Tensor:
     """The ZLPR loss (see ``zlpr_loss``) of hard labels given as lists of the positive classes.
 
@@ -30,6 +33,11 @@ def sparse_zlpr_loss(
         mask: bool, broadcastable to the shape of scores: False leaves a cell out of both terms.
         reduction: ``"none"`` gives ``[...]``; ``"sum"``; ``"mean"`` over the rows, 0 over no rows.
         ignore_index: an index that pads the lists, besides the negative ones: 0 where class 0 is reserved for that.
+        group: the process group over whose ranks the classes are sharded, as in ``zlpr_loss``: scores and mask are
+            those of this rank's classes. positives are the same on all ranks, indices into all classes.
+        first_class: the index of this rank's first class, by default rank * C, which is right where all ranks have
+            equally many. On a CPU, and elsewhere under ``FLASHPOINTER_CHECK=1`` on all ranks, shards that leave a gap
+            or overlap are an error on all ranks.
 
     Returns:
         float32, or float64 for float64 scores.
@@ -54,11 +62,23 @@ def sparse_zlpr_loss(
     _checks.check_reduction(OP, reduction)
     if not _checks.is_int(ignore_index, -(2**63)):
         raise TypeError(f"{OP}: ignore_index takes an int; got {_checks.describe(ignore_index)}")
+    ranks = _shards.name_of(OP, group)
+    if group is None and first_class is not None:
+        raise ValueError(f"{OP}: first_class takes None where group is None; got {_checks.describe(first_class)}")
     backend = _checks.choose_backend(OP, scores)
     if backend == "reference":
+        _shards.refuse_reference(OP, group)
         if not torch.compiler.is_compiling():  # which would have to break the graph to look
             _check_values(scores, positives, mask, ignore_index)
         return reference.sparse_zlpr_loss(scores, positives, mask, reduction, ignore_index)
+    if group is not None:
+        shard = _shards.shard_of(OP, first_class, scores.shape[-1], group, scores.device)
+        if shard.total is not None:
+            _check_below(positives, shard.total, ignore_index)
+        listed = positives.to(torch.int64)
+        listed = torch.where((listed < 0) | (listed == ignore_index), -1, listed - shard.first)
+        listed = torch.where(listed < scores.shape[-1], listed, -1)  # of the shards behind
+        return _sharded(scores, listed, mask, reduction, ranks, backend, -1)  # type: ignore[no-any-return]
     with_grad = _register.wants_gradient(scores)
     loss: torch.Tensor = _op(scores, positives, mask, reduction, with_grad, backend, ignore_index)[0]
     return loss
@@ -66,9 +86,12 @@ def sparse_zlpr_loss(
 
 def _check_values(scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int) -> None:
     """Raises ValueError for an index beyond the last class; on a GPU, where to look is to wait, on demand."""
+    _check_below(positives, scores.shape[-1], ignore_index)
+
+
+def _check_below(positives: torch.Tensor, classes: int, ignore_index: int) -> None:
     if positives.numel() == 0 or not _checks.can_look(positives):
         return
-    classes = scores.shape[-1]
     if positives.max() < classes:
         return
     wrong = (positives >= classes) & (positives != ignore_index)
@@ -81,3 +104,4 @@ def _check_values(scores: torch.Tensor, positives: torch.Tensor, mask: torch.Ten
 
 
 _op = _rows.register_with_gradient(OP, "positives", ", int ignore_index", _check_values)
+_sharded = _rows.register_sharded(OP, "positives", ", int ignore_index", _check_values)

@@ -12,7 +12,7 @@ the logarithm, and neither E nor a row's share of it leaves the range of float32
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ import torch
 from ..problem import Listed, LogSums
 from ._tiles import computing_dtype
 
-CELLS = 1 << 16  # to a tile of scores
+CELLS = 1 << 17  # to a tile of scores: the products lose a tenth with half of them
 HEIGHT = 256  # rows to a block, at most
 WIDTH = 256  # classes to a tile, at least: a product over fewer is slow
 CONVERTED = 1 << 18  # elements of weight to a tile, where that is converted
@@ -28,105 +28,104 @@ SAFE = 40.0
 
 
 class Block(NamedTuple):
+    number: int
     rows: slice
+    hidden: torch.Tensor  # [rows, D]
     kept: bool  # whether there is room for its E
 
 
 class Tile(NamedTuple):
+    number: int
     classes: slice
-    listed: slice  # its own listed cells
-
-    @property
-    def width(self) -> int:
-        first, stop = self.classes.start, self.classes.stop
-        return int(stop - first)
-
-
-class Cells(NamedTuple):
-    """The listed cells of a block of a tile."""
-
-    numbers: torch.Tensor  # among all that are listed
-    rows: torch.Tensor  # in the block
-    columns: torch.Tensor  # in the tile
+    weight: torch.Tensor  # [classes, D]
+    bias: torch.Tensor | None  # [classes]
 
 
 class Sweep:
     """The scores, tile by tile and block by block: in the same order and shapes forward and backward, so that E
-    computed again is E kept."""
+    computed again is E kept. Sorted by tile and block, as ``order`` has them, the listed cells of each are a slice."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> None:
         self.dtype = computing_dtype(hidden.dtype)
-        self.hidden, self.weight, self.bias, self.listed = hidden.to(self.dtype), weight, bias, listed
+        self.hidden, self.weight, self.bias = hidden.to(self.dtype), weight, bias
         (rows, size), classes = hidden.shape, len(weight)
-        self.kept_rows = min(rows, size * weight.itemsize // self.dtype.itemsize)
+        self.room = min(rows, size * weight.itemsize // self.dtype.itemsize)  # rows whose E is kept
+        parts = ((0, self.room, True), (self.room, rows, False))
+        edges = [
+            (first, min(first + HEIGHT, end), kept) for start, end, kept in parts for first in range(start, end, HEIGHT)
+        ]
         self.blocks = [
-            Block(slice(first, min(first + HEIGHT, end)), kept)
-            for start, end, kept in ((0, self.kept_rows, True), (self.kept_rows, rows, False))
-            for first in range(start, end, HEIGHT)
+            Block(number, slice(first, end), self.hidden[first:end], kept)
+            for number, (first, end, kept) in enumerate(edges)
         ]
         width = max(WIDTH, CELLS // max(1, min(rows, HEIGHT)))
         if weight.dtype != self.dtype:
             width = min(width, max(WIDTH, CONVERTED // max(1, size)))
-        self.width = min(width, classes)
-        edges = [*range(0, classes, width), classes]
-        cuts = torch.searchsorted(listed.classes, listed.classes.new_tensor(edges)).tolist()
-        self.tiles = [Tile(slice(*edges[i : i + 2]), slice(*cuts[i : i + 2])) for i in range(len(edges) - 1)]
-        self.converted = None if weight.dtype == self.dtype else self.scratch(self.width, size)
+        self.width = max(1, min(width, classes))
         self.buffer = self.scratch(min(rows, HEIGHT) * self.width)
+
+        starts = listed.rows.new_tensor([first for first, *_ in edges])
+        tile, block = listed.classes // self.width, torch.searchsorted(starts, listed.rows, right=True) - 1
+        steps = -(-classes // self.width) * len(edges)
+        step = torch.where(listed.classes < classes, tile * len(edges) + block, steps)
+        step, self.order = step.sort(stable=True)
+        self.cuts = torch.searchsorted(step, torch.arange(steps + 1, device=step.device)).tolist()
+        width_there = (classes - tile * self.width).clamp(max=self.width)
+        at = (listed.rows - starts[block]) * width_there + listed.classes % self.width
+        self.at = at[self.order]  # in the flat scores of their tile and block
+        self.labels = None if listed.labels is None else listed.labels[self.order].to(self.dtype)
 
     def scratch(self, *shape: int) -> torch.Tensor:
         return self.hidden.new_empty(shape)
 
-    def layer(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """weight [classes, D] and bias [classes] of a tile, as they are computed with."""
-        weight = self.weight[tile.classes]
-        if self.converted is not None:
-            weight = self.converted[: tile.width].copy_(weight)
-        return weight, None if self.bias is None else self.bias[tile.classes].to(self.dtype)
+    def tiles(self) -> Iterator[Tile]:
+        converted = None if self.weight.dtype == self.dtype else self.scratch(self.width, self.weight.shape[1])
+        for number, first in enumerate(range(0, len(self.weight), self.width)):
+            classes = slice(first, min(first + self.width, len(self.weight)))
+            weight = self.weight[classes]
+            if converted is not None:
+                weight = converted[: len(weight)].copy_(weight)
+            yield Tile(number, classes, weight, None if self.bias is None else self.bias[classes].to(self.dtype))
 
-    def cells(self, tile: Tile, block: Block) -> Cells | None:
-        if tile.listed.start == tile.listed.stop:
-            return None
-        numbers = torch.arange(tile.listed.start, tile.listed.stop, device=self.hidden.device)
-        rows, classes = self.listed.rows[tile.listed], self.listed.classes[tile.listed]
-        if len(self.blocks) > 1:
-            inside = (rows >= block.rows.start) & (rows < block.rows.stop)
-            numbers, rows, classes = numbers[inside], rows[inside], classes[inside]
-        return Cells(numbers, rows - block.rows.start, classes - tile.classes.start)
+    def listed(self, tile: Tile, block: Block) -> slice:
+        step = tile.number * len(self.blocks) + block.number
+        return slice(self.cuts[step], self.cuts[step + 1])
 
     def exponents(
-        self,
-        block: Block,
-        layer: tuple[torch.Tensor, torch.Tensor | None],
-        cells: Cells | None,
-        out: torch.Tensor | None = None,
-        listed_scores: torch.Tensor | None = None,
+        self, tile: Tile, block: Block, out: torch.Tensor | None = None, listed_scores: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Those of the negatives [rows, classes]: the scores, and log(1 - label) more in listed cells, whose scores are
         written among all listed ones."""
-        hidden, (weight, bias) = self.hidden[block.rows], layer
+        shape = len(block.hidden), len(tile.weight)
         if out is None:
-            out = self.buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=out)
+            out = self.buffer[: shape[0] * shape[1]].view(shape)
+        if tile.bias is None:
+            torch.mm(block.hidden, tile.weight.t(), out=out)
         else:
-            torch.addmm(bias, hidden, weight.t(), out=out)
-        if cells is not None:
-            scores: torch.Tensor | float = out[cells.rows, cells.columns]
+            torch.addmm(tile.bias, block.hidden, tile.weight.t(), out=out)
+        cells = self.listed(tile, block)
+        if cells.start < cells.stop:
+            flat, at = out.view(-1), self.at[cells]
+            scores = flat[at]
             if listed_scores is not None:
-                listed_scores[cells.numbers] = scores
-            if self.listed.labels is not None:
-                t = self.listed.labels[cells.numbers].to(self.dtype)
-                scores = torch.where((t >= 0) & (t < 1), scores + torch.log1p(-t), -torch.inf)
-            out[cells.rows, cells.columns] = -torch.inf if self.listed.labels is None else scores
+                listed_scores[cells] = scores
+            if self.labels is None:
+                flat.index_fill_(0, at, -torch.inf)
+            else:
+                t = self.labels[cells]
+                flat[at] = torch.where((t >= 0) & (t < 1), scores + torch.log1p(-t), -torch.inf)
         return out
 
-    def room(self, kept: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """Where E of the kept rows of a tile lies: in the memory of the gradient of its classes."""
-        ratio = self.dtype.itemsize // kept.itemsize
-        flat = kept.view(-1)[: kept.numel() // ratio * ratio].view(self.dtype)
-        first = -(-tile.classes.start * kept.shape[1] // ratio)
-        return flat[first : first + self.kept_rows * tile.width].view(self.kept_rows, tile.width)
+    def kept(self, memory: torch.Tensor) -> Callable[[Tile], torch.Tensor]:
+        """Where E [room, classes] of a tile lies: in the memory of the gradient of its classes."""
+        ratio = self.dtype.itemsize // memory.itemsize
+        flat = memory.view(-1)[: memory.numel() // ratio * ratio].view(self.dtype)
+
+        def of(tile: Tile) -> torch.Tensor:
+            first, shape = -(-tile.classes.start * memory.shape[1] // ratio), (self.room, len(tile.weight))
+            return flat[first : first + shape[0] * shape[1]].view(shape)
+
+        return of
 
 
 def forward(
@@ -139,27 +138,31 @@ def forward(
         E waits: empty if ``keep`` is False.
     """
     sweep = Sweep(hidden, weight, bias, listed)
-    kept = torch.empty(weight.shape if keep else 0, dtype=weight.dtype, device=weight.device)
+    memory = torch.empty(weight.shape if keep else 0, dtype=weight.dtype, device=weight.device)
+    kept = sweep.kept(memory) if keep else None
     m = sweep.hidden.new_zeros(len(hidden))
     # Of a thousand tiles or more: float32 would lose a digit.
     S = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+    sums = [(m[block.rows], S[block.rows]) for block in sweep.blocks]
+    pivoted = [hidden.device.type != "cpu"] * len(sweep.blocks)
     scores = sweep.hidden.new_full(listed.rows.shape, -torch.inf)
-    pivoted = dict.fromkeys((block.rows.start for block in sweep.blocks), hidden.device.type != "cpu")
-    for tile in sweep.tiles:
-        layer = sweep.layer(tile)
+    for tile in sweep.tiles():
+        E_kept = None if kept is None else kept(tile)
         for block in sweep.blocks:
-            rows, first = block.rows, block.rows.start
-            out = sweep.room(kept, tile)[rows] if keep and block.kept else None
-            s = sweep.exponents(block, layer, sweep.cells(tile, block), out, scores)
-            pivoted[first] = pivoted[first] or not bool(s.max() <= SAFE)  # which a NaN is not
-            if pivoted[first]:
-                pivot = torch.maximum(m[rows], s.amax(1).clamp_(0.0, torch.finfo(s.dtype).max))
-                S[rows] *= torch.exp(m[rows] - pivot)
-                m[rows] = pivot
+            out = E_kept[block.rows] if E_kept is not None and block.kept else None
+            s = sweep.exponents(tile, block, out, scores)
+            m_b, S_b = sums[block.number]
+            if pivoted[block.number] or not s.max().item() <= SAFE:  # which a NaN is not
+                pivoted[block.number] = True
+                pivot = torch.maximum(m_b, s.amax(1).clamp_(0.0, torch.finfo(s.dtype).max))
+                S_b.mul_(torch.exp(m_b - pivot))
+                m_b.copy_(pivot)
                 s.sub_(pivot.unsqueeze(1))
-            S[rows] += s.exp_().sum(1)
-    x = _positives(scores, listed)
-    return LogSums(m, S.to(sweep.dtype), *_sums(x, listed, len(hidden))), x, kept
+            S_b.add_(s.exp_().sum(1))
+    x = torch.empty_like(scores)
+    x[sweep.order] = scores
+    x = _positives(x, listed)
+    return LogSums(m, S.to(sweep.dtype), *_sums(x, listed, len(hidden))), x, memory
 
 
 def _positives(scores: torch.Tensor, listed: Listed) -> torch.Tensor:
@@ -207,62 +210,74 @@ def backward(
     whole_n, whole_p = sums.S_n + torch.exp(-sums.m_n), sums.S_p + torch.exp(-sums.m_p)
     share = upstream.to(sweep.dtype) / whole_n
     # What a positive takes from E, in units of the share as E is, so that it rides in the same products.
-    pull = torch.exp(x - sums.m_p[listed.rows]) * (whole_n / whole_p)[listed.rows]
+    pull = (torch.exp(x - sums.m_p[listed.rows]) * (whole_n / whole_p)[listed.rows])[sweep.order]
     pivots = sums.m_n.unsqueeze(1)
     pivoted = hidden.device.type != "cpu" or bool(sums.m_n.any())
 
-    needs_weight = wanted[1] or weight_grad is not None
-    shared = sweep.hidden * share.unsqueeze(1) if needs_weight else None  # [R, D]
+    of_weight = weight_grad is not None or wanted[1]
+    shared = sweep.hidden * share.unsqueeze(1) if of_weight else None  # [R, D]
     grad_hidden = torch.zeros_like(sweep.hidden) if wanted[0] else None
-    grad_weight = grad_bias = of_classes = waiting = None
-    if wanted[1] and weight_grad is None:
+    grad_weight = grad_bias = None
+    if of_weight and weight_grad is None:
         grad_weight = kept if kept.numel() else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    if needs_weight and (grad_weight is None or grad_weight.dtype != sweep.dtype):
-        of_classes = sweep.scratch(sweep.width, weight.shape[1])
     if bias is not None and wanted[2]:
         grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    d_weight = OfClasses(sweep, weight, grad_weight) if of_weight else None
+    d_bias = OfClasses(sweep, bias, grad_bias) if bias is not None and wanted[2] else None
+    E_kept = waiting = None
     if kept.numel() and not pivoted:
-        waiting = sweep.scratch(sweep.kept_rows * sweep.width)
+        E_kept, waiting = sweep.kept(kept), sweep.scratch(sweep.room * sweep.width)
 
-    for tile in sweep.tiles:
-        layer = sweep.layer(tile)
-        if waiting is not None:  # out of the way of the gradient
-            room = sweep.room(kept, tile)
-            E_kept = waiting[: room.numel()].view(room.shape).copy_(room)
-        d_weight = d_bias = None  # of these classes, in the computing dtype
-        if of_classes is not None:
-            d_weight = of_classes[: tile.width]
-        elif grad_weight is not None:
-            d_weight = grad_weight[tile.classes]
-        if grad_bias is not None:
-            d_bias = sweep.scratch(tile.width)
+    for tile in sweep.tiles():
+        if E_kept is not None and waiting is not None:  # out of the way of the gradient
+            E_tile = E_kept(tile)
+            E_tile = waiting[: E_tile.numel()].view(E_tile.shape).copy_(E_tile)
         for block in sweep.blocks:
-            rows, beta = block.rows, float(block.rows.start > 0)
-            cells = sweep.cells(tile, block)
-            if waiting is not None and block.kept:
-                E = E_kept[rows]
+            rows = block.rows
+            if E_kept is not None and block.kept:
+                E = E_tile[rows]
             else:
-                E = sweep.exponents(block, layer, cells)
+                E = sweep.exponents(tile, block)
                 if pivoted:
                     E.sub_(pivots[rows])
                 E.exp_()
-            if cells is not None:
-                E[cells.rows, cells.columns] -= pull[cells.numbers]
+            cells = sweep.listed(tile, block)
+            if cells.start < cells.stop:
+                E.view(-1).index_add_(0, sweep.at[cells], pull[cells], alpha=-1)
             if grad_hidden is not None:
-                grad_hidden[rows].addmm_(E, layer[0])
+                grad_hidden[rows].addmm_(E, tile.weight)
             if d_weight is not None and shared is not None:
-                d_weight.addmm_(E.t(), shared[rows], beta=beta)
+                d_weight.of(tile).addmm_(E.t(), shared[rows], beta=float(block.number > 0))
             if d_bias is not None:
-                d_bias.addmv_(E.t(), share[rows], beta=beta)
+                d_bias.of(tile).addmv_(E.t(), share[rows], beta=float(block.number > 0))
         for total in (d_weight, d_bias):
-            if total is not None and not sweep.blocks:
-                total.zero_()
-        if grad_bias is not None and d_bias is not None:
-            grad_bias[tile.classes] = d_bias
-        if weight_grad is not None and d_weight is not None:
-            weight_grad(tile.classes.start, d_weight)
-        elif of_classes is not None and grad_weight is not None and d_weight is not None:
-            grad_weight[tile.classes] = d_weight
+            if total is not None:
+                total.store(tile)
+        if d_weight is not None and weight_grad is not None:
+            weight_grad(tile.classes.start, d_weight.of(tile))
     if grad_hidden is not None:
         grad_hidden.mul_(share.unsqueeze(1))
     return grad_hidden, grad_weight, grad_bias
+
+
+class OfClasses:
+    """The gradient of a tile's classes, summed over its blocks: in its place among all, or else in scratch memory, to
+    be rounded once."""
+
+    def __init__(self, sweep: Sweep, like: torch.Tensor, target: torch.Tensor | None) -> None:
+        in_place = target is not None and target.dtype == sweep.dtype
+        self.target, self.empty = target, not sweep.blocks
+        self.scratch = None if in_place else sweep.scratch(sweep.width, *like.shape[1:])
+
+    def of(self, tile: Tile) -> torch.Tensor:
+        if self.scratch is not None:
+            return self.scratch[: len(tile.weight)]
+        assert self.target is not None
+        return self.target[tile.classes]
+
+    def store(self, tile: Tile) -> None:
+        total = self.of(tile)
+        if self.empty:  # no block has written to it
+            total.zero_()
+        if self.scratch is not None and self.target is not None:
+            self.target[tile.classes] = total

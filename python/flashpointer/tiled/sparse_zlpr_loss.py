@@ -8,15 +8,10 @@ import torch
 from . import zlpr_loss
 
 
-def forward(
-    scores: torch.Tensor,
-    positives: torch.Tensor,
-    mask: torch.Tensor | None,
-    grad_scale: float,
-    with_grad: bool,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``zlpr_loss.forward``, with positives [outer, inner, listed] in place of labels."""
+def labelled(
+    scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int
+) -> zlpr_loss.Cells:
+    """The cells of scores whose positives [outer, inner, listed] are in lists."""
 
     def read(o: int, rows: slice, columns: slice, out: torch.Tensor) -> None:
         listed = positives[o, rows].to(torch.int64)
@@ -26,4 +21,33 @@ def forward(
         # amax, for several indices of a row may meet in a cell: those of other tiles all bring a 0 to the first.
         out.scatter_reduce_(1, torch.where(here, listed - first, 0), here.to(out.dtype), "amax")
 
-    return zlpr_loss.sweep(scores, read, True, mask, grad_scale, with_grad)
+    return zlpr_loss.Cells(scores, read, True, mask)
+
+
+def forward(
+    scores: torch.Tensor,
+    positives: torch.Tensor,
+    mask: torch.Tensor | None,
+    grad_scale: float,
+    with_grad: bool,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``zlpr_loss.forward``, with positives in place of labels."""
+    return zlpr_loss.sweep(labelled(scores, positives, mask, ignore_index), grad_scale, with_grad)
+
+
+def shard_log_sums(
+    scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int
+) -> torch.Tensor:
+    return zlpr_loss.sweep_log_sums(labelled(scores, positives, mask, ignore_index))
+
+
+def shard_gradient(
+    scores: torch.Tensor,
+    positives: torch.Tensor,
+    mask: torch.Tensor | None,
+    sums: torch.Tensor,
+    grad_scale: float,
+    ignore_index: int,
+) -> torch.Tensor:
+    return zlpr_loss.sweep_gradient(labelled(scores, positives, mask, ignore_index), sums, grad_scale)

@@ -30,6 +30,35 @@ class Terms(NamedTuple):
     e_p: torch.Tensor
 
 
+class Cells:
+    """Scores [outer, inner, classes] with their labels, tile by tile."""
+
+    def __init__(
+        self, scores: torch.Tensor, read_labels: LabelReader, labels_surely_valid: bool, mask: torch.Tensor | None
+    ) -> None:
+        self.scores, self.mask, self.dtype = scores, mask, computing_dtype(scores.dtype)
+        self._read_labels, self._labels_surely_valid = read_labels, labels_surely_valid
+        self._work: list[torch.Tensor] = []
+
+    def terms(self, o: int, rows: slice, columns: slice) -> Terms:
+        """Of a tile, in memory that the next one takes."""
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        if not self._work or self._work[0].shape != shape:
+            self._work = [torch.empty(shape, dtype=self.dtype, device=self.scores.device) for _ in range(3)]
+        p, n, u = self._work
+        self._read_labels(o, rows, columns, p)
+        left_out = None if self.mask is None else ~self.mask[o, rows, columns]
+        s = self.scores[o, rows, columns].to(self.dtype)
+        return tile_terms(s, p, n, u, left_out, self._labels_surely_valid)
+
+
+def labelled(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> Cells:
+    def read(o: int, rows: slice, columns: slice, out: torch.Tensor) -> None:
+        out.copy_(labels[o, rows, columns])
+
+    return Cells(scores, read, labels.dtype == torch.bool, mask)
+
+
 def forward(
     scores: torch.Tensor,
     labels: torch.Tensor,
@@ -38,57 +67,38 @@ def forward(
     with_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``kernels.zlpr_loss.forward``; float64 scores have a float64 loss."""
-
-    def read(o: int, rows: slice, columns: slice, out: torch.Tensor) -> None:
-        out.copy_(labels[o, rows, columns])
-
-    return sweep(scores, read, labels.dtype == torch.bool, mask, grad_scale, with_grad)
+    return sweep(labelled(scores, labels, mask), grad_scale, with_grad)
 
 
-def sweep(
-    scores: torch.Tensor,
-    read_labels: LabelReader,
-    labels_surely_valid: bool,
-    mask: torch.Tensor | None,
-    grad_scale: float,
-    with_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient with the labels of each tile from ``read_labels``."""
-    outer, inner, classes = scores.shape
-    dtype = computing_dtype(scores.dtype)
-    loss = torch.zeros((outer, inner), dtype=dtype, device=scores.device)
-    grad = torch.empty(scores.shape if with_grad else 0, dtype=scores.dtype, device=scores.device)
+def sweep(cells: Cells, grad_scale: float, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient."""
+    outer, inner, classes = cells.scores.shape
+    loss = torch.zeros((outer, inner), dtype=cells.dtype, device=cells.scores.device)
+    grad = torch.empty(cells.scores.shape if with_grad else 0, dtype=cells.scores.dtype, device=cells.scores.device)
     columns = column_tiles(classes)
     if not columns:
         return loss, grad
-    work: list[torch.Tensor] = []
-
-    def terms(o: int, rows: slice, cols: slice) -> Terms:
-        shape = (rows.stop - rows.start, cols.stop - cols.start)
-        if not work or work[0].shape != shape:
-            work[:] = [torch.empty(shape, dtype=dtype, device=scores.device) for _ in range(3)]
-        p, n, u = work
-        read_labels(o, rows, cols, p)
-        left_out = None if mask is None else ~mask[o, rows, cols]
-        return tile_terms(scores[o, rows, cols].to(dtype), p, n, u, left_out, labels_surely_valid)
-
     for o, rows in row_tiles(outer, inner, classes):
         tile: Terms | None = None
         log_n, log_p = LogSum(), LogSum()
         for cols in columns:
-            tile = terms(o, rows, cols)
+            tile = cells.terms(o, rows, cols)
             log_n.add(tile.m_n, tile.e_n)
             log_p.add(tile.m_p, tile.e_p)
         loss[o, rows] = (log_n.value() + log_p.value()).squeeze(-1)
         if with_grad:
             for cols in columns:
                 if len(columns) > 1 or tile is None:
-                    tile = terms(o, rows, cols)
-                tile.e_n.mul_(log_n.share(tile.m_n).mul_(grad_scale))
-                tile.e_p.mul_(log_p.share(tile.m_p).mul_(grad_scale))
-                torch.sub(tile.e_n, tile.e_p, out=tile.e_n)
-                grad[o, rows, cols] = tile.e_n
+                    tile = cells.terms(o, rows, cols)
+                grad[o, rows, cols] = _tile_gradient(tile, log_n, log_p, grad_scale)
     return loss, grad
+
+
+def _tile_gradient(tile: Terms, log_n: LogSum, log_p: LogSum, grad_scale: float) -> torch.Tensor:
+    """In the place of the tile."""
+    tile.e_n.mul_(log_n.share(tile.m_n).mul_(grad_scale))
+    tile.e_p.mul_(log_p.share(tile.m_p).mul_(grad_scale))
+    return torch.sub(tile.e_n, tile.e_p, out=tile.e_n)
 
 
 def tile_terms(
@@ -133,9 +143,9 @@ def _pivoted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class LogSum:
     """The running log(1 + sum of e * exp(m)) of each row."""
 
-    def __init__(self) -> None:
-        self.m: torch.Tensor | None = None
-        self.sum: torch.Tensor | None = None
+    def __init__(self, m: torch.Tensor | None = None, S: torch.Tensor | None = None) -> None:
+        self.m = m
+        self.sum = S
 
     def add(self, m: torch.Tensor | None, e: torch.Tensor) -> None:
         S = e.sum(-1, keepdim=True)
@@ -161,3 +171,47 @@ class LogSum:
         if self.m is None:
             return 1.0 / (1.0 + self.sum)
         return torch.exp((0.0 if m is None else m) - self.m) / (self.sum + torch.exp(-self.m))
+
+
+# --- of a shard of the classes ---------------------------------------------------------------------------------------
+
+
+def shard_log_sums(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """As ``kernels.zlpr_loss.shard_log_sums``: one part."""
+    return sweep_log_sums(labelled(scores, labels, mask))
+
+
+def shard_gradient(
+    scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, sums: torch.Tensor, grad_scale: float
+) -> torch.Tensor:
+    """As ``kernels.zlpr_loss.shard_gradient``."""
+    return sweep_gradient(labelled(scores, labels, mask), sums, grad_scale)
+
+
+def sweep_log_sums(cells: Cells) -> torch.Tensor:
+    outer, inner, classes = cells.scores.shape
+    sums = torch.zeros((4, outer, inner), dtype=cells.dtype, device=cells.scores.device)
+    columns = column_tiles(classes)
+    for o, rows in row_tiles(outer, inner, classes) if columns else ():
+        terms = LogSum(), LogSum()
+        for cols in columns:
+            tile = cells.terms(o, rows, cols)
+            terms[0].add(tile.m_n, tile.e_n)
+            terms[1].add(tile.m_p, tile.e_p)
+        for m, S, term in zip(sums[::2], sums[1::2], terms, strict=True):
+            assert term.sum is not None
+            m[o, rows] = 0.0 if term.m is None else term.m.squeeze(-1)
+            S[o, rows] = term.sum.squeeze(-1)
+    return sums.view(1, 4, outer * inner)
+
+
+def sweep_gradient(cells: Cells, sums: torch.Tensor, grad_scale: float) -> torch.Tensor:
+    outer, inner, classes = cells.scores.shape
+    grad = torch.empty(cells.scores.shape, dtype=cells.scores.dtype, device=cells.scores.device)
+    sums = sums.view(4, outer, inner, 1)
+    for o, rows in row_tiles(outer, inner, classes):
+        m_n, S_n, m_p, S_p = sums[:, o, rows]
+        for cols in column_tiles(classes):
+            tile = cells.terms(o, rows, cols)
+            grad[o, rows, cols] = _tile_gradient(tile, LogSum(m_n, S_n), LogSum(m_p, S_p), grad_scale)
+    return grad
