@@ -357,7 +357,7 @@ def forward(
     what backward needs of E in a tensor like weight, contiguous, or with ``keep`` False an empty one."""
     rows, classes, count = len(hidden), len(weight), len(listed.rows)
     kept = torch.empty(weight.shape if keep else 0, dtype=weight.dtype, device=weight.device)
-    m, S = torch.zeros((2, rows), dtype=torch.float32, device=hidden.device)
+    m, S = (torch.zeros(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
     x = torch.empty(count, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
         problem = prepare(hidden, weight, bias, listed)
@@ -385,7 +385,7 @@ def forward(
 def positive_sums(x: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """m_p, S_p: each row has as many listed cells, which may be none."""
     if len(x) == 0:
-        return torch.zeros((2, count), dtype=x.dtype, device=x.device).unbind()
+        return x.new_zeros(count), x.new_zeros(count)
     x = x[rows.sort(stable=True).indices].view(count, -1)
     m = x.amax(1).clamp_(0, FLOAT_MAX.value)
     return m, (x - m[:, None]).exp_().sum(1)
