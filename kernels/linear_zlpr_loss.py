@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -264,20 +265,20 @@ class Plan(NamedTuple):
     stages: int
 
 
-def plan(rows: int, dtype: torch.dtype, hip: bool) -> Plan:
-    """The launch parameters, by rule: the largest tiles that no chip spills. Three products where tf32x3 multiplies."""
+def plan(rows: int, even: bool, dtype: torch.dtype, hip: bool) -> Plan:
+    """The launch parameters, by rule: the largest tiles that no chip spills. tf32x3 multiplies three times, and vectors
+    that are not even, of 16 elements, take an address in registers for each element."""
     stages = 2 if hip else 4  # of 64 KiB shared memory
     if dtype == torch.float32:
         return Plan(128, 64, 32, 8, min(3, stages))
-    return Plan(128 if hip or rows <= 128 else 256, 128, 32, 8, stages)
+    return Plan(256 if rows > 128 and even and not hip else 128, 128, 32, 8, stages)
 
 
 @cache
-def tile_of(rows: int, size: int, aligned: bool, dtype: torch.dtype, hip: bool) -> tuple[Plan, Tile]:
-    rule = plan(rows, dtype, hip)
+def tile_of(rule: Plan, size: int, aligned: bool, dtype: torch.dtype) -> Tile:
     lift = 15 if dtype == torch.float16 else 0
     fields = (rule.bm, rule.bn, rule.bk, size % rule.bk == 0, aligned, float32_precision(), lift, rule.stages)
-    return rule, Tile(*map(tl.constexpr, fields))
+    return Tile(*map(tl.constexpr, fields))
 
 
 class Problem(NamedTuple):
@@ -320,8 +321,9 @@ class Problem(NamedTuple):
 
 def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> Problem:
     rows, classes = len(hidden), len(weight)
-    hip = torch.version.hip is not None
-    rule, tile = tile_of(min(rows, 256), hidden.shape[1], classes % 16 == 0, hidden.dtype, hip)
+    even = all(min(x.stride()) == 1 and max(x.stride()) % 16 == 0 for x in (hidden, weight))
+    rule = plan(rows, even, hidden.dtype, torch.version.hip is not None)
+    tile = tile_of(rule, hidden.shape[1], classes % 16 == 0, hidden.dtype)
     of_rows = -(-rows // rule.bm)
     tiles = of_rows * -(-classes // rule.bn)
     number = listed.classes // rule.bn * of_rows + listed.rows // rule.bm
@@ -363,21 +365,20 @@ def forward(
         problem = prepare(hidden, weight, bias, listed)
         kept_rows, tiles = problem.kept_rows if keep else 0, problem.tiles
         height = max(1, PARTIALS // max(1, tiles) // problem.rule.bm) * problem.rule.bm
-        for first in range(0, rows if classes > 0 else 0, height):
-            some = range(first, min(first + height, rows))
-            pivots, sums = torch.empty((2, tiles, len(some)), dtype=torch.float32, device=hidden.device)
-            e = (kept if kept_rows > 0 else None, kept_rows, kept_rows)
-            launch_exponentials(problem, some, range(classes), e, None, (pivots, sums))
-            if first < kept_rows:
-                stop = min(kept_rows, some.stop)
-                problem.pivots(kept)[:, first:stop] = pivots[:, : stop - first]
-            largest = pivots.amax(0).clamp_(min=0)
-            m[first : some.stop] = largest
-            S[first : some.stop] = (pivots - largest).exp_().mul_(sums).sum(0)
+        edges = sorted({*range(0, rows, height), kept_rows, rows})
+        for first, stop in pairwise(edges if classes > 0 else []):
+            pivots, partials = (x.new_empty((tiles, stop - first)) for _ in range(2))
+            of_kept = (kept if stop <= kept_rows else None, kept_rows, kept_rows)
+            launch_exponentials(problem, range(first, stop), range(classes), of_kept, None, (pivots, partials))
+            if stop <= kept_rows:
+                problem.pivots(kept)[:, first:stop] = pivots
+            m[first:stop] = pivots.amax(0).clamp_(min=0)
+            S[first:stop] = pivots.sub_(m[first:stop]).exp_().mul_(partials).sum(0)
         if count > 0:
             listed_kernel[(-(-count // LISTED),)](
                 hidden, weight, bias, *listed, x, count, classes, hidden.shape[1],
                 *hidden.stride(), *weight.stride(), *strides(bias, 1), CELLS=LISTED, BK=128, num_warps=4,
+                **all_registers(),
             )  # fmt: skip
     return LogSums(m, S, *positive_sums(x, listed.rows, rows)), x, kept
 
