@@ -8,9 +8,10 @@ import torch
 
 import flashpointer as fp
 
-# Each op on rows of scores with the arguments that are differentiated; then each on q and k.
+# Each op on rows of scores with the arguments that are differentiated; then each on q and k, and on a linear layer.
 OPS = {"zlpr_loss": ("scores",), "sparse_zlpr_loss": ("scores",), "zlpr_kl_div": ("scores", "other")}
 POINTER_OPS = {op: ("q", "k", "start", "end") for op in ("pointer_scores", "pointer_loss")}
+LINEAR_OPS = {"linear_zlpr_loss": ("hidden", "weight", "bias")}
 
 
 def problem(op: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
@@ -42,18 +43,35 @@ def pointer_problem(
     return {**inputs, **options, "spans": spans} if op == "pointer_loss" else {**inputs, **options}
 
 
+def linear_problem(dtype: torch.dtype = torch.float32, device: str = "cpu", soft: bool = False) -> dict[str, Any]:
+    """Six rows of 5 numbers and 40 classes: more rows than numbers, so that not all of E is kept."""
+    shapes = {"hidden": (2, 3, 5), "weight": (40, 5), "bias": (40,)}
+    inputs = {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
+    inputs["positives"] = positives((2, 3, 40), 6, device)
+    if soft:
+        inputs["positive_labels"] = torch.rand(2, 3, 6, device=device)
+        inputs["positive_labels"][..., 1] = -100
+    return inputs
+
+
 # What cuts across ops is asked of each of these.
-CASES = [*OPS, *(f"{op}, {heads} q and k" for op in POINTER_OPS for heads in ("shared", "own"))]
+CASES = [
+    *OPS,
+    *(f"{op}, {heads} q and k" for op in POINTER_OPS for heads in ("shared", "own")),
+    *(f"{op}, {labels} labels" for op in LINEAR_OPS for labels in ("hard", "soft")),
+]
 
 
 def op_of(case: str) -> tuple[str, tuple[str, ...]]:
     """The op of a case, and the arguments that are differentiated."""
     op = case.partition(",")[0]
-    return op, (OPS | POINTER_OPS)[op]
+    return op, (OPS | POINTER_OPS | LINEAR_OPS)[op]
 
 
 def any_problem(case: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     op, _ = op_of(case)
+    if op in LINEAR_OPS:
+        return linear_problem(dtype, device, "soft" in case)
     return (
         pointer_problem(op, dtype, device, "own" not in case)
         if op in POINTER_OPS

@@ -139,7 +139,7 @@ def test_self_check_passes() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all checks passed" in result.stdout
     assert "float64   tiled      the kernels run on CUDA devices" in result.stdout
-    assert result.stdout.count("  pass  ") == 20
+    assert result.stdout.count("  pass  ") == 24
 
 
 @pytest.mark.skipif(INTERPRETED, reason="once is enough")

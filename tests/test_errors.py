@@ -11,7 +11,7 @@ import torch
 
 import flashpointer as fp
 
-from .problems import OPS, any_problem
+from .problems import LINEAR_OPS, OPS, any_problem
 
 WRONG: dict[str, Any] = {
     "a long list": [0] * 1_000_000,
@@ -22,7 +22,7 @@ WRONG: dict[str, Any] = {
     "a nested tensor": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
     "a complex tensor": torch.ones(2, 3, 7, dtype=torch.complex64),
 }
-ALL_OPS = [*OPS, "pointer_scores", "pointer_loss", "pointer_decode"]
+ALL_OPS = [*OPS, *LINEAR_OPS, "pointer_scores", "pointer_loss", "pointer_decode"]
 
 
 def problem(op: str) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def test_a_sparse_or_nested_tensor_is_told_what_to_become() -> None:
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("op", ALL_OPS)
 def test_the_meta_device_has_the_shapes(op: str, backend: str | None) -> None:
-    inputs, differentiable = problem(op), ("q", "k", "scores", "other", "start", "end")
+    inputs, differentiable = problem(op), ("q", "k", "scores", "other", "start", "end", "hidden", "weight")
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     with fp.use_backend(backend or "tiled"):
         if op == "pointer_decode":  # how many there are depends on values

@@ -14,9 +14,10 @@ import flashpointer as fp
 from flashpointer.agreement import relative_error
 
 from .conftest import Place
-from .problems import OPS, POINTER_OPS, any_problem, value_of
+from .problems import LINEAR_OPS, OPS, POINTER_OPS, any_problem, value_of
 
-DIFFERENTIABLE = OPS | POINTER_OPS
+DIFFERENTIABLE = OPS | POINTER_OPS | LINEAR_OPS
+NOT_MANY_AT_ONCE = ("pointer_loss", "linear_zlpr_loss")  # whose arguments are of a batch already
 every_op = pytest.mark.parametrize("op", DIFFERENTIABLE)
 
 
@@ -84,8 +85,8 @@ def test_torch_func_is_refused(place: Place, op: str, transform: Any) -> None:
 def test_vmap_is_a_loop(place: Place, op: str) -> None:
     """Values, and the gradients of what is outside."""
     for function, x in of_each_argument(op, place.device):
-        if op == "pointer_loss":  # whose q and k are of a batch already
-            with pytest.raises(RuntimeError, match=r"^pointer_loss: torch\.func\.vmap is not supported"):
+        if op in NOT_MANY_AT_ONCE:
+            with pytest.raises(RuntimeError, match=rf"^{op}: torch\.func\.vmap is not supported"):
                 func.vmap(function)(x.unsqueeze(0))
             continue
         many = torch.stack([x, torch.randn_like(x)]).requires_grad_()
@@ -108,7 +109,7 @@ def test_many_upstream_gradients_at_once(place: Place, op: str, reduction: str) 
     leaves = [inputs[name].requires_grad_() for name in names]
     value = value_of(op, inputs)
     upstream = torch.randn(4, *value.shape, device=place.device)
-    if op == "pointer_loss":
+    if op in NOT_MANY_AT_ONCE:
         with pytest.raises(
             RuntimeError, match=rf"^{op}: many upstream gradients at once \(is_grads_batched, vectorize\)"
         ):
@@ -149,7 +150,7 @@ def test_labels_have_no_derivative_either_way(place: Place, op: str, name: str, 
 
 @every_op
 def test_transforms_of_transforms_are_refused(place: Place, op: str) -> None:
-    if op == "pointer_loss":
+    if op in NOT_MANY_AT_ONCE:
         return  # test_vmap_is_a_loop: whatever is inside of vmap
     for function, x in of_each_argument(op, place.device):
         many = torch.stack([x, x])

@@ -83,10 +83,9 @@ def linear_zlpr_loss(
     scores = torch.matmul(_upcast(hidden), _upcast(weight).t())
     if bias is not None:
         scores = scores + _upcast(bias)
-    classes = scores.shape[-1]
-    listed = positives.long().reshape(-1, positives.shape[-1])
+    rows, classes, listed = scores.shape[:-1], scores.shape[-1], positives.long()
     keep = (listed >= 0) & (listed < classes) & (listed != ignore_index)
-    cell = torch.arange(len(listed), device=listed.device).unsqueeze(1) * classes + listed
+    cell = torch.arange(rows.numel(), device=listed.device).view(*rows, 1) * classes + listed
     labels = _labels_of_cells(torch.where(keep, cell, scores.numel()), positive_labels, scores.numel())
     return zlpr_loss(scores, labels.view(scores.shape), reduction=reduction)
 

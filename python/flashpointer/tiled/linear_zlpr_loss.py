@@ -13,6 +13,7 @@ the logarithm, and neither E nor a row's share of it leaves the range of float32
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,6 @@ class Sweep:
         if weight.dtype != self.dtype:
             width = min(width, max(WIDTH, CONVERTED // max(1, size)))
         self.width = max(1, min(width, classes))
-        self.buffer = self.scratch(min(rows, HEIGHT) * self.width)
 
         starts = listed.rows.new_tensor([first for first, *_ in edges])
         tile, block = listed.classes // self.width, torch.searchsorted(starts, listed.rows, right=True) - 1
@@ -74,6 +74,11 @@ class Sweep:
         at = (listed.rows - starts[block]) * width_there + listed.classes % self.width
         self.at = at[self.order]  # in the flat scores of their tile and block
         self.labels = None if listed.labels is None else listed.labels[self.order].to(self.dtype)
+
+    @cached_property
+    def buffer(self) -> torch.Tensor:
+        """For what is not kept: where all is, nobody asks for it."""
+        return self.scratch(min(len(self.hidden), HEIGHT) * self.width)
 
     def scratch(self, *shape: int) -> torch.Tensor:
         return self.hidden.new_empty(shape)
