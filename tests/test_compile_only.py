@@ -308,7 +308,8 @@ def test_linear_zlpr_loss(
     def step() -> None:
         sums, x, kept = linear_zlpr_loss.forward(hidden, weight, bias, listed, True)
         wanted = (True, True, bias is not None)
-        linear_zlpr_loss.backward(hidden, weight, bias, listed, x, kept, sums, torch.empty(rows), wanted, None)
+        arguments = (hidden, weight, bias, listed, x, kept, sums, torch.empty(rows), wanted, None)
+        assert linear_zlpr_loss.backward(*arguments)[1] is kept
 
     kernels = compile_for(chip, step)
     kept = linear_zlpr_loss.prepare(hidden, weight, bias, listed).kept_rows
