@@ -309,7 +309,7 @@ class Problem(NamedTuple):
         """Whose E and pivots fit the memory of the weight, those of whole tiles if not all do."""
         itemsize, tiles = self.weight.itemsize, self.tiles
         room = self.weight.numel() * itemsize // 4 * 4
-        fit = room // max(1, len(self.weight) * itemsize + tiles * 4)
+        fit: int = room // max(1, len(self.weight) * itemsize + tiles * 4)
         return len(self.hidden) if fit >= len(self.hidden) else fit // self.rule.bm * self.rule.bm
 
     def pivots(self, kept: torch.Tensor) -> torch.Tensor:
@@ -329,7 +329,8 @@ def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     number = listed.classes // rule.bn * of_rows + listed.rows // rule.bm
     number, order = torch.where(listed.classes < classes, number, tiles).sort(stable=True)
     bounds = torch.searchsorted(number, torch.arange(tiles + 1, device=number.device))
-    cells = Listed(*(None if x is None else x[order] for x in listed))
+    labels = None if listed.labels is None else listed.labels[order]
+    cells = Listed(listed.rows[order], listed.classes[order], labels)
     return Problem(hidden, weight, bias, cells, order, bounds, rule, tile)
 
 
@@ -414,7 +415,7 @@ def scales_of(problem: Problem, x: torch.Tensor, sums: LogSums, upstream: torch.
 
 
 def fill_block(
-    problem: Problem, g: torch.Tensor, classes: range, scales: Scales, kept: torch.Tensor | None, pivots: torch.Tensor
+    problem: Problem, g: torch.Tensor, classes: range, scales: Scales, kept: torch.Tensor, pivots: torch.Tensor
 ) -> None:
     """g [R, classes] = G."""
     (rows, width), rule, cells = g.shape, problem.rule, problem.cells
@@ -478,7 +479,7 @@ def backward(
     of_weight = of_bias = None
     if wanted[1] and weight_grad is None:
         of_weight = kept if kept.numel() > 0 else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    if wanted[2]:
+    if wanted[2] and bias is not None:
         of_bias = torch.empty(classes, dtype=bias.dtype, device=bias.device)
     with torch.cuda.device_of(hidden):
         problem = prepare(hidden, weight, bias, listed)

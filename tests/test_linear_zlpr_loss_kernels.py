@@ -49,8 +49,8 @@ def test_blocks_of_the_gradient_ascend(place: Place, small_blocks: None) -> None
 
 @pytest.mark.parametrize("level, upstream", [(-14.0, 2.0**14), (14.0, 2.0**-4)])
 def test_exponentials_beyond_float16(place: Place, level: float, upstream: float) -> None:
-    """exp(-14) leaves float16 hardly a digit, and exp(14) is inf; half the classes are far below the others. An upstream
-    gradient without digits to spare."""
+    """exp(-14) leaves float16 hardly a digit, and exp(14) is inf; half the classes are far below the others. A share of
+    the upstream gradient has no digit to spare."""
     inputs = layer(9, 32, 300, 2, torch.float16, place.device)
     inputs["weight"] *= 0.1
     inputs["bias"] += level
