@@ -269,9 +269,9 @@ def plan(rows: int, even: bool, dtype: torch.dtype, hip: bool) -> Plan:
     """The launch parameters, by rule: the largest tiles that no chip spills. tf32x3 multiplies three times, and vectors
     that are not even, of 16 elements, take an address in registers for each element."""
     stages = 2 if hip else 4  # of 64 KiB shared memory
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not even:
         return Plan(128, 64, 32, 8, min(3, stages))
-    return Plan(256 if rows > 128 and even and not hip else 128, 128, 32, 8, stages)
+    return Plan(256 if rows > 128 and not hip else 128, 128, 32, 8, stages)
 
 
 @cache
@@ -301,7 +301,7 @@ class Problem(NamedTuple):
     @property
     def block(self) -> int:
         """Classes to a block: whole tiles."""
-        most = SCRATCH // max(1, *self.hidden.shape) // self.rule.bn
+        most: int = SCRATCH // max(1, *self.hidden.shape) // self.rule.bn
         return max(1, min(most, self.tiles)) * self.rule.bn
 
     @property
