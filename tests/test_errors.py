@@ -69,6 +69,7 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "GlobalPointer": (fp.nn.GlobalPointer, {"hidden_size": 8, "heads": 3}),
     "EfficientGlobalPointer": (fp.nn.EfficientGlobalPointer, {"hidden_size": 8, "heads": 3}),
     "ZLPRLoss": (fp.nn.ZLPRLoss, {}),
+    "LinearZLPR": (fp.nn.LinearZLPR, {"hidden_size": 8, "classes": 3}),
     "from_lists": (fp.spans.from_lists, {"sentences": LISTS, "heads": ["PER"]}),
     "from_offsets": (fp.spans.from_offsets, {"sentences": LISTS, "offset_mapping": [[(0, 2)]], "heads": ["PER"]}),
     "from_words": (fp.spans.from_words, {"sentences": LISTS, "word_ids": [[0, 1]], "heads": ["PER"]}),

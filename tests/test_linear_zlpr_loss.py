@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import flashpointer as fp
 from flashpointer.agreement import compare, judge, relative_error, run
@@ -475,6 +476,46 @@ def test_autocast(place: Place) -> None:
         assert torch.equal(ours.to(half), theirs)
 
 
+# --- the layer as a module -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_module(place: Place, bias: bool) -> None:
+    """It is a torch.nn.Linear, state dict and scores, and its loss is the op's."""
+    inputs = layer(20, 9, 300, device=place.device)
+    theirs, ours = nn.Linear(9, 300, bias).to(place.device), fp.nn.LinearZLPR(9, 300, bias).to(place.device)
+    assert ours.weight.abs().max() <= 1 / 3 and ours.weight.std() > 0.17
+    assert not bias or not ours.bias.any()
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours(inputs["hidden"]), theirs(inputs["hidden"]))
+    loss = ours.loss(inputs["hidden"], inputs["positives"])
+    expected = fp.linear_zlpr_loss(inputs["hidden"], theirs.weight, inputs["positives"], theirs.bias)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert torch.equal(ours.weight.grad, torch.autograd.grad(expected, theirs.weight)[0])
+    blocks: list[torch.Tensor] = []
+    ours.loss(
+        inputs["hidden"], inputs["positives"], weight_grad=lambda first, gradient: blocks.append(gradient.clone())
+    ).backward()
+    assert relative_error(torch.cat(blocks), ours.weight.grad) < 1e-6
+    assert repr(ours) == f"LinearZLPR(hidden_size=9, classes=300, bias={bias})"
+
+
+def test_the_module_learns(place: Place) -> None:
+    """By Adam, and its classes are those with scores above 0."""
+    hidden = torch.randn(16, 32, device=place.device)
+    positives = torch.randint(200, (16, 3), device=place.device)
+    head = fp.nn.LinearZLPR(32, 200).to(place.device)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    for _ in range(8 if place.small else 60):
+        optimizer.zero_grad()
+        head.loss(hidden, positives).backward()
+        optimizer.step()
+    labels = torch.zeros(16, 200, dtype=torch.bool, device=place.device).scatter(1, positives, True)
+    wrong = ((head(hidden) > 0) != labels).float().mean()
+    assert wrong < (0.1 if place.small else 1e-3)
+
+
 # --- sharded over ranks ----------------------------------------------------------------------------------------------
 
 COUNTS = (2, 3)
@@ -642,6 +683,23 @@ HIDDEN, WEIGHT, LISTS = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([[1, 
 def test_errors(backend: str, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with fp.use_backend(backend), pytest.raises(error, match=f"{OP}: {message}"):
         fp.linear_zlpr_loss(**{"hidden": HIDDEN, "weight": WEIGHT, "positives": LISTS, **arguments})
+
+
+@pytest.mark.parametrize("wrong", [1.5, -1.0, torch.nan])
+def test_a_label_that_nobody_checked_makes_its_row_nan(
+    place: Place, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr("flashpointer.ops._checks.can_look", lambda values: False)
+    inputs = {**layer(3, 5, 100, device=place.device), "positive_labels": torch.rand(3, 4, device=place.device)}
+    inputs["positives"][1, 2] = 7
+    clean = gradients(inputs)
+    inputs["positive_labels"][1, 2] = wrong
+    loss, hidden, *_ = gradients(inputs)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert hidden[1].isnan().all()
+    assert relative_error(loss[::2], clean[0][::2]) < 1e-6
+    assert relative_error(hidden[::2], clean[1][::2]) < 1e-6
 
 
 def test_a_label_of_padding_is_nobodys(place: Place) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .ops import _checks
+from .ops.linear_zlpr_loss import WeightGrad, linear_zlpr_loss
 from .ops.pointer_decode import pointer_decode
 from .ops.pointer_loss import pointer_loss
 from .ops.pointer_scores import pointer_scores
@@ -32,6 +34,72 @@ class ZLPRLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
+
+
+class LinearZLPR(torch.nn.Module):
+    """A linear layer of very many classes whose loss does not store their scores: see ``linear_zlpr_loss``. ::
+
+        head = LinearZLPR(encoder.config.hidden_size, len(labels))
+        loss = head.loss(pooled, positives)
+
+    The parameters have the names and the layout of ``torch.nn.Linear``, whose checkpoints load as they are.
+
+    Args:
+        hidden_size: the size of the hidden states, D.
+        classes: their number, C; of classes that are sharded over ranks those of this one, perhaps 0.
+        bias: whether there is one. It starts at 0.
+
+    Attributes:
+        weight: ``[C, D]``, initialised as ``torch.nn.Linear`` does.
+        bias: ``[C]``, or None.
+
+    Raises:
+        ValueError: for a wrong size.
+    """
+
+    def __init__(self, hidden_size: int, classes: int, bias: bool = True) -> None:
+        super().__init__()
+        for name, size, least in (("hidden_size", hidden_size, 1), ("classes", classes, 0)):
+            if not _checks.is_int(size, least):
+                raise ValueError(f"LinearZLPR: {name} takes an int of at least {least}; got {_checks.describe(size)}")
+        _checks.check_flag("LinearZLPR", "bias", bias)
+        self.hidden_size, self.classes = hidden_size, classes
+        self.weight = torch.nn.Parameter(torch.empty(classes, hidden_size))
+        self.bias = torch.nn.Parameter(torch.empty(classes)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters."""
+        bound = self.hidden_size**-0.5
+        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The scores ``[..., C]`` of hidden ``[..., D]``: all of them."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        positives: torch.Tensor,
+        positive_labels: torch.Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        *,
+        group: dist.ProcessGroup | None = None,
+        first_class: int | None = None,
+        weight_grad: WeightGrad | None = None,
+    ) -> torch.Tensor:
+        """The ZLPR loss of the scores, without them: arguments, dtypes and errors are those of ``linear_zlpr_loss``."""
+        options: dict[str, Any] = {"group": group, "first_class": first_class, "weight_grad": weight_grad}
+        return linear_zlpr_loss(
+            hidden, self.weight, positives, self.bias, positive_labels=positive_labels, reduction=reduction,
+            ignore_index=ignore_index, **options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, classes={self.classes}, bias={self.bias is not None}"
 
 
 class _PointerHead(torch.nn.Module):

@@ -67,7 +67,8 @@ def linear_zlpr_loss(
 
     Raises:
         TypeError, ValueError: for an argument of wrong type, shape, device or value. On a GPU an index beyond the last
-            class is dropped; the environment variable ``FLASHPOINTER_CHECK=1`` makes it an error there too.
+            class is dropped, and a label that is none makes the loss of its row NaN; the environment variable
+            ``FLASHPOINTER_CHECK=1`` makes both errors there too.
         RuntimeError: for second derivatives, forward mode, torch.func; for weight_grad under torch.compile.
 
     References:
@@ -147,8 +148,13 @@ def _check_values(positives: torch.Tensor, labels: torch.Tensor | None, ignore_i
         takes = f"class indices below {classes}, the classes of weight, or negative ones for padding"
         _refuse("positives", takes, positives, (positives >= classes) & (positives != ignore_index))
     if labels is not None:
-        wrong = ~(((labels >= 0) & (labels <= 1)) | (labels == -100)) & (positives >= 0) & (positives != ignore_index)
+        wrong = _wrong_labels(positives, labels, ignore_index)
         _refuse("positive_labels", "0 to 1, or -100 for a cell to leave out", labels, wrong)
+
+
+def _wrong_labels(positives: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    wrong = ~(((labels >= 0) & (labels <= 1)) | (labels == -100))
+    return wrong & (positives >= 0) & (positives != ignore_index)
 
 
 def _refuse(name: str, takes: str, values: torch.Tensor, wrong: torch.Tensor) -> None:
@@ -188,6 +194,9 @@ def _compute(
         sums, x, kept = backends.implementation(OP, backend).forward(_rows_of(hidden), weight, bias, listed, keep)
         if group is not None:
             sums = _shards.merge(sums, group)
+        if labels is not None and not _checks.can_look(labels):
+            wrong = _wrong_labels(positives, labels, ignore_index).any(-1).view(lists[:1])
+            sums = sums._replace(S_p=sums.S_p.masked_fill(wrong, torch.nan))
         loss = _rows.reduce(_shards.value(sums), lead, reduction)
     listed_labels = x.new_empty(0) if listed.labels is None else listed.labels
     return loss, [listed.rows, listed.classes, listed_labels, x, *sums, kept]
