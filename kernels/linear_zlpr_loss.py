@@ -265,13 +265,14 @@ class Plan(NamedTuple):
     stages: int
 
 
-def plan(rows: int, even: bool, dtype: torch.dtype, hip: bool) -> Plan:
-    """The launch parameters, by rule: the largest tiles that no chip spills. tf32x3 multiplies three times, and vectors
-    that are not even, of 16 elements, take an address in registers for each element."""
+def plan(even: bool, dtype: torch.dtype, hip: bool) -> Plan:
+    """The launch parameters, by rule: the largest tiles that no chip spills, and of which an H100's multiprocessor holds
+    two: one multiplies while the other takes exponentials. tf32x3 multiplies three times, and vectors that are not
+    even, of 16 elements, take an address in registers for each element."""
     stages = 2 if hip else 4  # of 64 KiB shared memory
     if dtype == torch.float32 or not even:
         return Plan(128, 64, 32, 8, min(3, stages))
-    return Plan(256 if rows > 128 and not hip else 128, 128, 32, 8, stages)
+    return Plan(128, 128, 32, 8, stages)
 
 
 @cache
@@ -322,7 +323,7 @@ class Problem(NamedTuple):
 def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> Problem:
     rows, classes = len(hidden), len(weight)
     even = all(min(x.stride()) == 1 and max(x.stride()) % 16 == 0 for x in (hidden, weight))
-    rule = plan(rows, even, hidden.dtype, torch.version.hip is not None)
+    rule = plan(even, hidden.dtype, torch.version.hip is not None)
     tile = tile_of(rule, hidden.shape[1], classes % 16 == 0, hidden.dtype)
     of_rows = -(-rows // rule.bm)
     tiles = of_rows * -(-classes // rule.bn)

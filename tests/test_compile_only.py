@@ -276,20 +276,18 @@ def test_pointer_decode(
 
 # Rows, D, classes and dtypes for each plan that plan() can pick. Vectors and classes whose number 16 divides, and not.
 LINEARS = [
-    (600, 768, 320, torch.bfloat16),
+    (800, 768, 320, torch.bfloat16),
     (300, 100, 301, torch.float16),
-    (64, 112, 301, torch.bfloat16),
     (200, 112, 320, torch.float32),
 ]
 
 
 def test_the_linear_losses_reach_every_plan() -> None:
-    def plans(linears: Iterable[tuple[int, bool, torch.dtype]]) -> set[linear_zlpr_loss.Plan]:
+    def plans(linears: Iterable[tuple[bool, torch.dtype]]) -> set[linear_zlpr_loss.Plan]:
         return {linear_zlpr_loss.plan(*linear, hip=hip) for linear in linears for hip in (False, True)}
 
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    chosen = plans((rows, size % 16 == 0, dtype) for rows, size, _, dtype in LINEARS)
-    assert chosen == plans(product(range(1, 1000), (False, True), dtypes))
+    assert plans((size % 16 == 0, dtype) for _, size, _, dtype in LINEARS) == plans(product((False, True), dtypes))
 
 
 @on_every_chip
@@ -317,7 +315,7 @@ def test_linear_zlpr_loss(
     forward = ["exponentials"] * (kept > 0) + again + ["listed"]
     names = [kernel.name.removesuffix("_kernel") for kernel in kernels]
     assert names == forward + ["rescale"] * (kept > 0) + again + ["put"]
-    rule = linear_zlpr_loss.plan(rows, size % 16 == 0, scores_dtype, chip == "gfx942")
+    rule = linear_zlpr_loss.plan(size % 16 == 0, scores_dtype, chip == "gfx942")
     copies = (rule.bm + rule.bn) * rule.bk * scores_dtype.itemsize // (16 * 32 * rule.num_warps)  # of an iteration
     for kernel in (kernel for kernel in kernels if kernel.name == "exponentials_kernel"):
         assert kernel.count(MATRIX[chip]) > 0
