@@ -266,9 +266,9 @@ class Plan(NamedTuple):
 
 
 def plan(even: bool, dtype: torch.dtype, hip: bool) -> Plan:
-    """The launch parameters, by rule: the largest tiles that no chip spills, and of which an H100's multiprocessor holds
-    two: one multiplies while the other takes exponentials. tf32x3 multiplies three times, and vectors that are not
-    even, of 16 elements, take an address in registers for each element."""
+    """The launch parameters, by rule: the largest tiles that no chip spills, and of which a multiprocessor of an H100
+    holds two: one multiplies while the other takes exponentials. tf32x3 multiplies three times, and vectors that are
+    not even, of 16 elements, take an address in registers for each element."""
     stages = 2 if hip else 4  # of 64 KiB shared memory
     if dtype == torch.float32 or not even:
         return Plan(128, 64, 32, 8, min(3, stages))
