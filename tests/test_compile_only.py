@@ -14,6 +14,7 @@ from packaging.version import Version
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from flashpointer.kernels import (  # noqa: E402
+    linear_zlpr_loss,
     pointer_decode,
     pointer_loss,
     pointer_scores,
@@ -24,7 +25,7 @@ from flashpointer.kernels import (  # noqa: E402
     zlpr_loss,
 )
 
-from flashpointer.problem import Problem  # noqa: E402
+from flashpointer.problem import Problem, listed_cells  # noqa: E402
 
 from .chips import CHIPS, Compiled, compiling_for  # noqa: E402
 from .conftest import INTERPRETED  # noqa: E402
@@ -271,3 +272,52 @@ def test_pointer_decode(
     counting, writing = (sorted(re.findall(MATRIX[chip] + r"\S*", kernel.assembly)) for kernel in compiled[1:])
     assert counting == writing != []
     assert [kernel.count(FUSED[chip]) for kernel in compiled[1:]] == [0, 0]
+
+
+# Rows, D, classes and dtypes for each plan that plan() can pick. Vectors and classes whose number 16 divides, and not.
+LINEARS = [
+    (800, 768, 320, torch.bfloat16),
+    (300, 100, 301, torch.float16),
+    (200, 112, 320, torch.float32),
+]
+
+
+def test_the_linear_losses_reach_every_plan() -> None:
+    def plans(linears: Iterable[tuple[bool, torch.dtype]]) -> set[linear_zlpr_loss.Plan]:
+        return {linear_zlpr_loss.plan(*linear, hip=hip) for linear in linears for hip in (False, True)}
+
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    assert plans((size % 16 == 0, dtype) for _, size, _, dtype in LINEARS) == plans(product((False, True), dtypes))
+
+
+@on_every_chip
+@pytest.mark.parametrize("rows, size, classes, scores_dtype", LINEARS, ids=str)
+def test_linear_zlpr_loss(
+    chip: str, rows: int, size: int, classes: int, scores_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E is kept of some rows, and computed again of others. The loop multiplies what was on its way for iterations."""
+    monkeypatch.setattr(torch.version, "hip", "6.4" if chip == "gfx942" else None)
+    hidden, weight = torch.empty(rows, size, dtype=scores_dtype), torch.empty(classes, size, dtype=scores_dtype)
+    soft = classes % 16 == 0
+    bias = None if soft else torch.empty(classes, dtype=scores_dtype)
+    labels = torch.ones(rows, 2) if soft else None
+    listed = listed_cells(torch.zeros(rows, 2, dtype=torch.int64), labels, -100, 0, classes)
+
+    def step() -> None:
+        sums, x, kept = linear_zlpr_loss.forward(hidden, weight, bias, listed, True)
+        wanted = (True, True, bias is not None)
+        arguments = (hidden, weight, bias, listed, x, kept, sums, torch.empty(rows), wanted, None)
+        assert linear_zlpr_loss.backward(*arguments)[1] is kept
+
+    kernels = compile_for(chip, step)
+    kept = linear_zlpr_loss.prepare(hidden, weight, bias, listed).kept_rows
+    again = ["exponentials"] * (kept < rows)
+    forward = ["exponentials"] * (kept > 0) + again + ["listed"]
+    names = [kernel.name.removesuffix("_kernel") for kernel in kernels]
+    assert names == forward + ["rescale"] * (kept > 0) + again + ["put"]
+    rule = linear_zlpr_loss.plan(size % 16 == 0, scores_dtype, chip == "gfx942")
+    copies = (rule.bm + rule.bn) * rule.bk * scores_dtype.itemsize // (16 * 32 * rule.num_warps)  # of an iteration
+    for kernel in (kernel for kernel in kernels if kernel.name == "exponentials_kernel"):
+        assert kernel.count(MATRIX[chip]) > 0
+        if chip != "gfx942" and size % 16 == 0:
+            assert kernel.count(r"\bLDGSTS") >= rule.stages * copies

@@ -27,7 +27,7 @@ from rich.table import Table
 import flashpointer
 from flashpointer import backends
 
-from .cases import CASES, Case
+from .cases import CASES, Case, Linear
 from .launches import Modelled, launches_for, model
 from .machine import MACHINES, Machine
 from .sass import tool
@@ -35,7 +35,7 @@ from .sass import tool
 NOTE = "modelled, not measured"
 
 
-def run(case: Case, chip: str) -> dict[str, Any]:
+def run(case: Case | Linear, chip: str) -> dict[str, Any]:
     """Of a case, pass by pass; of a kernel that is not understood what is the matter."""
     machine, inputs = MACHINES[chip], case.inputs()
     passes: dict[str, Any] = {}

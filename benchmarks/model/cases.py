@@ -91,7 +91,37 @@ def rows(op: str, title: str, rows: int, classes: int, dtype: torch.dtype, label
     return Case(op, title, (rows, classes), dtype, inputs, cells=rows * classes)
 
 
-CASES = (
+class Linear(NamedTuple):
+    """As a Case: linear_zlpr_loss forward, whose product is its own. Those of backward are the library's."""
+
+    title: str
+    rows: int
+    size: int  # D
+    classes: int
+    dtype: torch.dtype
+    op: str = "linear_zlpr_loss"
+    rules: Known = Known((("cells.bounds", 0),))  # few tiles have a listed cell
+    cells: int = 0
+
+    def inputs(self) -> suite.Inputs:
+        inputs = {"hidden": torch.zeros(self.rows, self.size, dtype=self.dtype)}
+        inputs["weight"] = torch.zeros(self.classes, self.size, dtype=self.dtype)
+        inputs["bias"] = torch.zeros(self.classes, dtype=self.dtype)
+        return {**inputs, "positives": torch.zeros(self.rows, LISTED, dtype=torch.int64)}
+
+    def passes(self) -> Iterator[tuple[str, Callable[[suite.Inputs], object]]]:
+        def forward(inputs: suite.Inputs) -> None:
+            inputs["weight"].requires_grad_()
+            flashpointer.linear_zlpr_loss(**inputs)
+
+        yield "forward", forward
+
+    def least(self, inputs: suite.Inputs) -> dict[str, tuple[float, float]]:
+        flops = 2.0 * self.rows * self.size * self.classes
+        return {"forward": (sum(x.nbytes for x in inputs.values()), flops)}
+
+
+CASES: tuple[Case | Linear, ...] = (
     pointer("pointer_loss", "X: ", 16, 9, 128, BF16),
     pointer("pointer_loss", "S: ", 16, 50, 512, BF16),
     pointer("pointer_loss", "L: ", 8, 100, 1024, BF16),
@@ -107,4 +137,5 @@ CASES = (
     pointer("pointer_scores", "", 16, 50, 512, BF16),
     pointer("pointer_decode", "nothing passes: ", 32, 50, 512, BF16),
     pointer("pointer_decode", "every tile passes: ", 32, 50, 512, BF16, passes=True),
+    Linear("4096 x 768 x 500,000 bf16", 4096, 768, 500_000, BF16),
 )

@@ -1,0 +1,515 @@
+"""The ZLPR loss of a linear layer with very many classes, without its scores.
+
+With s = h W^T + b, labels t of the few cells that are listed and 0 elsewhere, each row has
+
+    l_n = log(1 + sum (1 - t) exp(s))      l_p = log(1 + sum_listed t exp(-s))      loss = l_n + l_p
+
+The exponents x = log t - s of the second sum are computed cell by cell. The first sum runs over tiles of E = (1 - t)
+exp(s), where listed cells are set to 0 if t = 1: they are never subtracted. Backward, with g upstream, c = g exp(-l_n),
+
+    G = E - exp(x - l_p + l_n) at listed cells       dh = c (G W)       dW = G^T (c h)       db = G^T c
+
+so c stands in the small operands, listed cells ride in the same products, and where g = 0 nothing is divided by it.
+
+    forward    1  listed   x
+               2  exponentials: product, E, and its sums over each row of each tile, in one
+    backward   block of classes after block, G in scratch memory:
+               3  rescale  rows of E that forward kept in the memory of the gradient of W, as many as fit; or 2 again
+               4  put      listed cells
+               5  matrix products, by the library
+
+A row of a tile is computed under a pivot p of its own, its largest score: E exp(-p). The sums of tiles are merged in a
+fixed order, as numbers (m, S) that stand for S exp(m), m >= 0. Backward puts all tiles under the l_n of a row, so that
+G is the gradient itself, but for g: neither too large nor lost. In float16 it is 2^LIFT times as large, and has all its
+digits down to 2^-29 of the largest; so has c h, which is scaled by a power of two that its largest element sets.
+
+What is kept beside E are the pivots [tiles, rows], at the end of that memory. E lies packed at its beginning, block
+after block [rows, classes of the block]. So blocks go from the last one to the first: what the gradient of one is
+written over has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from flashpointer.problem import Listed, LogSums
+
+from .cells import all_registers, constant, float32_precision, strides
+from .rows import FLOAT_MAX, LOG2_E, exp
+
+PARTIALS = 1 << 25  # sums of rows of tiles at a time
+SCRATCH = 1 << 26  # elements of G, or of a block of dW
+LISTED = 16  # cells to a program
+LANES = 1024
+
+# --- what belongs together -----------------------------------------------------------------------------------------
+
+
+@constant
+class Tile:
+    """Made on the host."""
+
+    BM: Any  # rows
+    BN: Any  # classes
+    BK: Any  # of D at a time
+    EVEN: Any  # BK divides D
+    ALIGNED: Any  # 16 divides C
+    PRECISION: Any  # of products whose operands are float32
+    LIFT: Any  # of E and G, in float16; else 0
+    STAGES: Any
+
+
+class Matrix(NamedTuple):
+    """hidden [R, D] or weight [C, D]."""
+
+    ptr: Any
+    stride_n: Any
+    stride_d: Any
+    count: Any  # R or C
+    size: Any  # D
+
+
+class Corner(NamedTuple):
+    """The first cell of a tile."""
+
+    m: Any  # row
+    n: Any  # class
+    number: Any  # of the tile: those of the same classes follow each other
+
+
+class Cells(NamedTuple):
+    """The listed cells, sorted by tile."""
+
+    rows: Any
+    classes: Any
+    labels: Any  # or None
+    bounds: Any  # [tiles + 1]
+
+
+# --- the product ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_vectors(x, at, d_first, tile):
+    """BK elements of the vectors of x: [vectors, BK], 0 where there are none."""
+    d = d_first + tl.arange(0, tile.BK)
+    inside = (at < x.count)[:, None]
+    if not tile.EVEN:
+        inside = inside & (d < x.size)[None, :]
+    ptrs = (x.ptr + at.to(tl.int64) * x.stride_n)[:, None] + (d.to(tl.int64) * x.stride_d)[None, :]
+    return tl.load(ptrs, mask=inside, other=0.0)
+
+
+@triton.jit
+def scores_of(hidden, weight, bias, stride_b, corner, tile):
+    """[BM, BN]; -inf where there is no class."""
+    m = corner.m + tl.arange(0, tile.BM)
+    n = corner.n + tl.arange(0, tile.BN)
+    s = tl.zeros([tile.BM, tile.BN], dtype=tl.float32)
+    for d_first in tl.range(0, hidden.size, tile.BK, num_stages=tile.STAGES):
+        h_m = load_vectors(hidden, m, d_first, tile)  # [BM, BK]
+        w_n = load_vectors(weight, n, d_first, tile)  # [BN, BK]
+        s = tl.dot(h_m, tl.trans(w_n), acc=s, input_precision=tile.PRECISION)
+    b_n = tl.where(n < weight.count, 0.0, float("-inf"))
+    if bias is not None:
+        b_n = tl.load(bias + n.to(tl.int64) * stride_b, mask=n < weight.count, other=float("-inf")).to(tl.float32)
+    return s + b_n[None, :]
+
+
+@triton.jit
+def weigh(s, cells, corner, tile):
+    """The scores of a tile, plus log(1 - t) where cells are listed; t is 1, or left out, if it is not in [0, 1)."""
+    stop = tl.load(cells.bounds + corner.number + 1)
+    for i in range(tl.load(cells.bounds + corner.number), stop):
+        # Compared with constants, for which no thread needs registers.
+        m = (tl.load(cells.rows + i) - corner.m).to(tl.int32) == tl.arange(0, tile.BM)
+        n = (tl.load(cells.classes + i) - corner.n).to(tl.int32) == tl.arange(0, tile.BN)
+        here = m[:, None] & n[None, :]
+        if cells.labels is None:
+            s = tl.where(here, float("-inf"), s)
+        else:
+            t = tl.load(cells.labels + i).to(tl.float32)
+            partly = (t >= 0.0) & (t < 1.0)
+            log_rest = tl.log(tl.where(partly, 1.0 - t, 1.0))
+            s = tl.where(here, tl.where(partly, s + log_rest, float("-inf")), s)
+    return s
+
+
+@triton.jit
+def store_exponentials(out, e, corner, kept, block, tile):
+    """Of a block [kept rows, width] a tile; ``block``: its first class, and width."""
+    m = corner.m + tl.arange(0, tile.BM)
+    n = corner.n - block[0] + tl.arange(0, tile.BN)
+    inside = (m < kept)[:, None] & (n < block[1])[None, :]
+    tl.store(out + (m.to(tl.int64) * block[1])[:, None] + n[None, :], e.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def exponentials_kernel(
+    hidden, weight, bias, listed_rows, listed_classes, labels, bounds, scales, out, pivots, sums,
+    rows, classes, size, first_row, stop_row, first_class, kept, before, block,
+    stride_hn, stride_hd, stride_wn, stride_wd, stride_b,
+    tile: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows first_row..stop_row to a program, from first_class on. Forward: pivots and sums, [tiles, these
+    rows]. Backward, with ``scales`` l_n [R] for pivots, none of these. Of the ``kept`` first rows E: of a block, or of
+    all, which then for each class before it have ``before`` elements."""
+    of_rows = tl.cdiv(stop_row - first_row, tile.BM)
+    m_first = first_row + tl.program_id(0) % of_rows * tile.BM
+    n_first = first_class + tl.program_id(0) // of_rows * tile.BN
+    tile_n = (n_first // tile.BN).to(tl.int64)
+    corner = Corner(m_first, n_first, tile_n * tl.cdiv(rows, tile.BM) + m_first // tile.BM)
+    of_hidden = Matrix(hidden, stride_hn, stride_hd, rows, size)
+    s = scores_of(of_hidden, Matrix(weight, stride_wn, stride_wd, classes, size), bias, stride_b, corner, tile)
+    s = weigh(s, Cells(listed_rows, listed_classes, labels, bounds), corner, tile)
+    m = m_first + tl.arange(0, tile.BM)
+    if scales is None:
+        p = tl.minimum(tl.maximum(tl.max(s, axis=1), -FLOAT_MAX), FLOAT_MAX)  # [BM]: no inf - inf
+    else:
+        p = tl.load(scales + m, mask=m < stop_row, other=0.0)
+    e = tl.exp2((s - p[:, None]) * LOG2_E + tile.LIFT)
+    if scales is None:
+        at = tile_n * (stop_row - first_row) + m - first_row
+        tl.store(pivots + at, p, mask=m < stop_row)
+        tl.store(sums + at, tl.sum(e, axis=1) * 2.0**-tile.LIFT, mask=m < stop_row)
+    if out is not None:
+        first = n_first // block * block
+        width = tl.minimum(block, classes - first)
+        if tile.ALIGNED:
+            width = tl.multiple_of(width, 16)
+        store_exponentials(out + first.to(tl.int64) * before, e, corner, kept, (first, width), tile)
+
+
+# --- listed cells --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def listed_kernel(
+    hidden, weight, bias, listed_rows, listed_classes, labels, x, count, classes, size,
+    stride_hn, stride_hd, stride_wn, stride_wd, stride_b,
+    CELLS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x = log t - s [n] of CELLS listed cells to a program; -inf where there is none, t is not above 0, or s is
+    -inf."""
+    i = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
+    m = tl.load(listed_rows + i, mask=i < count, other=0)
+    n = tl.load(listed_classes + i, mask=i < count, other=classes)
+    here = n < classes
+    s = tl.zeros([CELLS], dtype=tl.float32)
+    for d_first in range(0, size, BK):
+        d = d_first + tl.arange(0, BK).to(tl.int64)
+        inside = here[:, None] & (d < size)[None, :]
+        h_m = tl.load(hidden + (m * stride_hn)[:, None] + (d * stride_hd)[None, :], mask=inside, other=0.0)
+        w_n = tl.load(weight + (n * stride_wn)[:, None] + (d * stride_wd)[None, :], mask=inside, other=0.0)
+        s += tl.sum(h_m.to(tl.float32) * w_n.to(tl.float32), axis=1)
+    if bias is not None:
+        s += tl.load(bias + n * stride_b, mask=here, other=0.0).to(tl.float32)
+    here = here & (s != float("-inf"))
+    of_cell = -s
+    if labels is not None:
+        t = tl.load(labels + i, mask=here, other=0.0).to(tl.float32)
+        here = here & (t > 0.0)
+        of_cell = tl.log(tl.where(here, t, 1.0)) - s
+    tl.store(x + i, tl.where(here, of_cell, float("-inf")), mask=i < count)
+
+
+@triton.jit
+def put_kernel(
+    out, listed_rows, listed_classes, positives, bounds, first_class, width, of_rows,
+    BN: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Of the listed cells of BN classes to a program, in a block [R, width]: what is there less the positives' part."""
+    tile_n = first_class // BN + tl.program_id(0)
+    stop = tl.load(bounds + (tile_n + 1).to(tl.int64) * of_rows)
+    for first in range(tl.load(bounds + tile_n.to(tl.int64) * of_rows), stop, LANES):
+        i = first + tl.arange(0, LANES)
+        m = tl.load(listed_rows + i, mask=i < stop, other=0)
+        n = tl.load(listed_classes + i, mask=i < stop, other=0)
+        at = out + m * width + n - first_class
+        e = tl.load(at, mask=i < stop, other=0.0).to(tl.float32)
+        tl.store(at, (e - tl.load(positives + i, mask=i < stop, other=0.0)).to(out.dtype.element_ty), mask=i < stop)
+
+
+@triton.jit
+def rescale_kernel(kept, pivots, scales, out, rows, width, BM: tl.constexpr, BN: tl.constexpr):
+    """A block [rows, width] of E, from under pivots [tiles, rows] under l_n [rows]: BM rows of BN classes."""
+    of_rows = tl.cdiv(rows, BM)
+    m = (tl.program_id(0) % of_rows * BM + tl.arange(0, BM)).to(tl.int64)
+    tile_n = tl.program_id(0) // of_rows
+    n = tile_n * BN + tl.arange(0, BN)
+    p = tl.load(pivots + tile_n.to(tl.int64) * rows + m, mask=m < rows, other=0.0)
+    factor = exp(p - tl.load(scales + m, mask=m < rows, other=0.0), True)
+    at = (m * width)[:, None] + n[None, :]
+    inside = (m < rows)[:, None] & (n < width)[None, :]
+    e = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
+
+
+# --- launchers -----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """See Tile."""
+
+    bm: int
+    bn: int
+    bk: int
+    num_warps: int
+    stages: int
+
+
+def plan(even: bool, dtype: torch.dtype, hip: bool) -> Plan:
+    """The launch parameters, by rule: the largest tiles that no chip spills, and of which a multiprocessor of an H100
+    holds two: one multiplies while the other takes exponentials. tf32x3 multiplies three times, and vectors that are
+    not even, of 16 elements, take an address in registers for each element."""
+    stages = 2 if hip else 4  # of 64 KiB shared memory
+    if dtype == torch.float32 or not even:
+        return Plan(128, 64, 32, 8, min(3, stages))
+    return Plan(128, 128, 32, 8, stages)
+
+
+@cache
+def tile_of(rule: Plan, size: int, aligned: bool, dtype: torch.dtype) -> Tile:
+    lift = 15 if dtype == torch.float16 else 0
+    fields = (rule.bm, rule.bn, rule.bk, size % rule.bk == 0, aligned, float32_precision(), lift, rule.stages)
+    return Tile(*map(tl.constexpr, fields))
+
+
+class Problem(NamedTuple):
+    """What forward and backward are given alike, and what follows from it."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    cells: Listed  # sorted by tile
+    order: torch.Tensor  # [n]: which of the listed ones they are
+    bounds: torch.Tensor  # [tiles + 1]: where those of a tile begin
+    rule: Plan
+    tile: Tile
+
+    @property
+    def tiles(self) -> int:
+        """Of classes."""
+        return -(-len(self.weight) // self.rule.bn)
+
+    @property
+    def block(self) -> int:
+        """Classes to a block: whole tiles."""
+        most: int = SCRATCH // max(1, *self.hidden.shape) // self.rule.bn
+        return max(1, min(most, self.tiles)) * self.rule.bn
+
+    @property
+    def kept_rows(self) -> int:
+        """Whose E and pivots fit the memory of the weight, those of whole tiles if not all do."""
+        itemsize, tiles = self.weight.itemsize, self.tiles
+        room = self.weight.numel() * itemsize // 4 * 4
+        fit: int = room // max(1, len(self.weight) * itemsize + tiles * 4)
+        return len(self.hidden) if fit >= len(self.hidden) else fit // self.rule.bm * self.rule.bm
+
+    def pivots(self, kept: torch.Tensor) -> torch.Tensor:
+        """[tiles, rows]: the last of the memory of kept."""
+        flat, ratio, count = kept.view(-1), 4 // kept.itemsize, self.tiles * self.kept_rows
+        floats = flat[: len(flat) // ratio * ratio].view(torch.float32)
+        return floats[len(floats) - count :].view(self.tiles, self.kept_rows)
+
+
+def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> Problem:
+    rows, classes = len(hidden), len(weight)
+    even = all(min(x.stride()) == 1 and max(x.stride()) % 16 == 0 for x in (hidden, weight))
+    rule = plan(even, hidden.dtype, torch.version.hip is not None)
+    tile = tile_of(rule, hidden.shape[1], classes % 16 == 0, hidden.dtype)
+    of_rows = -(-rows // rule.bm)
+    tiles = of_rows * -(-classes // rule.bn)
+    number = listed.classes // rule.bn * of_rows + listed.rows // rule.bm
+    number, order = torch.where(listed.classes < classes, number, tiles).sort(stable=True)
+    bounds = torch.searchsorted(number, torch.arange(tiles + 1, device=number.device))
+    labels = None if listed.labels is None else listed.labels[order]
+    cells = Listed(listed.rows[order], listed.classes[order], labels)
+    return Problem(hidden, weight, bias, cells, order, bounds, rule, tile)
+
+
+def launch_exponentials(
+    problem: Problem,
+    rows: range,
+    classes: range,
+    kept: tuple[torch.Tensor | None, int, int],
+    scales: torch.Tensor | None = None,
+    partials: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> None:
+    """See exponentials_kernel; ``kept`` are its out, kept, before."""
+    hidden, weight, bias, cells, _, bounds, rule, tile = problem
+    tiles = -(-len(rows) // rule.bm) * -(-len(classes) // rule.bn)
+    exponentials_kernel[(tiles,)](
+        hidden, weight, bias, *cells, bounds, scales, kept[0], *partials,
+        len(hidden), len(weight), hidden.shape[1], rows.start, rows.stop, classes.start, *kept[1:], problem.block,
+        *hidden.stride(), *weight.stride(), *strides(bias, 1), tile,
+        num_warps=rule.num_warps, **all_registers(),
+    )  # fmt: skip
+
+
+def forward(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed, keep: bool
+) -> tuple[LogSums, torch.Tensor, torch.Tensor]:
+    """The sums of hidden [R, D], weight [C, D], bias [C] and n listed cells; the exponents x [n] of the positives; and
+    what backward needs of E in a tensor like weight, contiguous, or with ``keep`` False an empty one."""
+    rows, classes, count = len(hidden), len(weight), len(listed.rows)
+    kept = torch.empty(weight.shape if keep else 0, dtype=weight.dtype, device=weight.device)
+    m, S = (torch.zeros(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    x = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    with torch.cuda.device_of(hidden):
+        problem = prepare(hidden, weight, bias, listed)
+        kept_rows, tiles = problem.kept_rows if keep else 0, problem.tiles
+        height = max(1, PARTIALS // max(1, tiles) // problem.rule.bm) * problem.rule.bm
+        edges = sorted({*range(0, rows, height), kept_rows, rows})
+        for first, stop in pairwise(edges if classes > 0 else []):
+            pivots, partials = (x.new_empty((tiles, stop - first)) for _ in range(2))
+            of_kept = (kept if stop <= kept_rows else None, kept_rows, kept_rows)
+            launch_exponentials(problem, range(first, stop), range(classes), of_kept, None, (pivots, partials))
+            if stop <= kept_rows:
+                problem.pivots(kept)[:, first:stop] = pivots
+            m[first:stop] = pivots.amax(0).clamp_(min=0)
+            S[first:stop] = pivots.sub_(m[first:stop]).exp_().mul_(partials).sum(0)
+        if count > 0:
+            listed_kernel[(-(-count // LISTED),)](
+                hidden, weight, bias, *listed, x, count, classes, hidden.shape[1],
+                *hidden.stride(), *weight.stride(), *strides(bias, 1), CELLS=LISTED, BK=128, num_warps=4,
+                **all_registers(),
+            )  # fmt: skip
+    return LogSums(m, S, *positive_sums(x, listed.rows, rows)), x, kept
+
+
+def positive_sums(x: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """m_p, S_p: each row has as many listed cells, which may be none."""
+    if len(x) == 0:
+        return x.new_zeros(count), x.new_zeros(count)
+    x = x[rows.sort(stable=True).indices].view(count, -1)
+    m = x.amax(1).clamp_(0, FLOAT_MAX.value)
+    return m, (x - m[:, None]).exp_().sum(1)
+
+
+# --- backward ------------------------------------------------------------------------------------------------------
+
+
+class Scales(NamedTuple):
+    """How G is scaled."""
+
+    pivots: torch.Tensor  # [R]: l_n, as far as float32 tells
+    factors: torch.Tensor  # [R]: c, in units of G
+    positives: torch.Tensor  # [n]: what is taken from G at the cells, in their order
+
+
+def scales_of(problem: Problem, x: torch.Tensor, sums: LogSums, upstream: torch.Tensor) -> Scales:
+    one_n, one_p = torch.exp(-sums.m_n) + sums.S_n, torch.exp(-sums.m_p) + sums.S_p  # at least 1
+    pivots = sums.m_n + torch.log(one_n)
+    unit = one_n * torch.exp(sums.m_n - pivots)  # of what the pivots round away
+    unit = torch.where(pivots == torch.inf, 1.0, unit) * 2.0**problem.tile.LIFT.value
+    x, rows = x[problem.order], problem.cells.rows
+    positives = torch.exp(x - sums.m_p[rows]) * (unit / one_p)[rows]
+    return Scales(pivots, upstream.float() / unit, positives)
+
+
+def fill_block(
+    problem: Problem, g: torch.Tensor, classes: range, scales: Scales, kept: torch.Tensor, pivots: torch.Tensor
+) -> None:
+    """g [R, classes] = G."""
+    (rows, width), rule, cells = g.shape, problem.rule, problem.cells
+    kept_rows, tiles = pivots.shape[1], -(-width // rule.bn)
+    if kept_rows > 0:
+        e = kept.view(-1)[classes.start * kept_rows : classes.stop * kept_rows]
+        rescale_kernel[(-(-kept_rows // 32) * tiles,)](
+            e, pivots[classes.start // rule.bn :], scales.pivots, g, kept_rows, width, BM=32, BN=rule.bn, num_warps=4
+        )
+    if kept_rows < rows:
+        launch_exponentials(problem, range(kept_rows, rows), classes, (g, rows, 0), scales.pivots)
+    if len(cells.rows) > 0:
+        put_kernel[(tiles,)](
+            g, cells.rows, cells.classes, scales.positives, problem.bounds, classes.start, width, -(-rows // rule.bm),
+            BN=rule.bn, LANES=LANES, num_warps=4,
+        )  # fmt: skip
+
+
+def in_range(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x divided by a power of two, and this one: None, but for what is to be float16."""
+    if dtype != torch.float16 or x.numel() == 0:
+        return x, None
+    largest = x.abs().max()
+    unit = torch.where(largest > 0, torch.exp2(largest.log2().floor().clamp(min=-100) - 14), 1.0)
+    return x / unit, unit
+
+
+def product(a: torch.Tensor, b: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+    """In float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        out = a.float() @ b.float()
+    else:
+        out = torch.mm(a, b, out_dtype=torch.float32)
+    return out if unit is None else out.mul_(unit)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The total [rows, columns], float32, plus a b."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return total.addmm_(a.float(), b.float())
+    return torch.addmm(total, a, b, out_dtype=torch.float32)
+
+
+def backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    listed: Listed,
+    x: torch.Tensor,
+    kept: torch.Tensor,
+    sums: LogSums,
+    upstream: torch.Tensor,
+    wanted: tuple[bool, bool, bool],
+    weight_grad: Callable[[int, torch.Tensor], None] | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The wanted ones of the gradients of hidden (float32), weight and bias, from what forward returned, its sums
+    merged over all ranks, and upstream [R]. That of weight is written over kept, if that is not empty; or given to
+    ``weight_grad`` block by block, in float32."""
+    (rows, size), classes = hidden.shape, len(weight)
+    of_hidden = torch.zeros((rows, size), dtype=torch.float32, device=hidden.device) if wanted[0] else None
+    of_weight = of_bias = None
+    if wanted[1] and weight_grad is None:
+        of_weight = kept if kept.numel() > 0 else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    if wanted[2] and bias is not None:
+        of_bias = torch.empty(classes, dtype=bias.dtype, device=bias.device)
+    with torch.cuda.device_of(hidden):
+        problem = prepare(hidden, weight, bias, listed)
+        scales = scales_of(problem, x, sums, upstream)
+        pivots = problem.pivots(kept).clone() if kept.numel() > 0 else kept.new_empty((0, 0), dtype=torch.float32)
+        dtype, block = hidden.dtype, problem.block
+        if of_weight is not None or weight_grad is not None:
+            shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)
+            shares = shares.to(dtype)  # c h
+        if of_bias is not None:
+            factors, unit_b = in_range(scales.factors, dtype)
+            high = factors.to(dtype)
+            factors = torch.stack([high, (factors - high).to(dtype)], 1)  # c in two parts: what it sums may cancel
+        scratch = torch.empty(rows * min(block, classes), dtype=dtype, device=hidden.device)
+        blocks = range(0, classes, block)
+        for first in blocks if kept.numel() == 0 else reversed(blocks):
+            some = range(first, min(first + block, classes))
+            g = scratch[: rows * len(some)].view(rows, len(some))
+            fill_block(problem, g, some, scales, kept, pivots)
+            if of_hidden is not None:
+                of_hidden = add_product(of_hidden, g, weight[first : some.stop])
+            if weight_grad is not None:
+                weight_grad(first, product(g.t(), shares, unit))
+            elif of_weight is not None and unit is None:
+                torch.mm(g.t(), shares, out=of_weight[first : some.stop])
+            elif of_weight is not None:
+                of_weight[first : some.stop] = product(g.t(), shares, unit)
+            if of_bias is not None:
+                of_bias[first : some.stop] = product(g.t(), factors, unit_b).sum(1)
+        if of_hidden is not None:
+            of_hidden.mul_(scales.factors[:, None])
+    return of_hidden, of_weight, of_bias
