@@ -856,8 +856,10 @@ def backward(
             workspace, gradients, upstream, *sizes, scale, share, listers, *upstream.stride(), tile,
             num_warps=rule.back_warps, num_stages=rule.stages, **registers,
         )  # fmt: skip
+        # One stage: its loops mostly pass once, and copies that run ahead cost registers.
         turn_back_kernel[(sizes.groups * ((length + rule.tokens - 1) // rule.tokens), 1 + blocks)](
             workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end, *sizes, scale, share, sign,
-            *upstream.stride(), *strides(positions, 2), tile, BLOCKS=blocks, num_warps=rule.direct_warps, **registers,
+            *upstream.stride(), *strides(positions, 2), tile, BLOCKS=blocks,
+            num_warps=rule.direct_warps, num_stages=1, **registers,
         )  # fmt: skip
     return d_q, d_k, d_start, d_end
