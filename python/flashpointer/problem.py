@@ -22,6 +22,10 @@ SCHEMA = "Tensor? mask, Tensor? positions, bool rope, bool tril_mask, int? max_w
 """Its fields in the schema of an op."""
 
 
+FEW = 256
+"""So many spans Python reads, checks and sorts in less time than PyTorch takes to be called."""
+
+
 def flat_rows(spans: torch.Tensor) -> torch.Tensor:
     """Rows (batch, head, start, end) of spans [S, 4], or of [B, P, 3], where padding keeps its negative entry: nothing
     is counted, so a GPU is not waited for, and whoever drops impossible spans drops padding."""

@@ -98,7 +98,7 @@ def register_pointer_op(
         return (*arguments[:place], Problem(*arguments[place:behind]), *arguments[behind:])
 
     def packed_compute(*arguments: Any) -> Any:
-        mask = _pointer.kept_tokens(op, arguments[place], look=not name.endswith("_backward"))
+        mask = _pointer.kept_tokens(op, arguments[place], look=True)
         with _checks.without_autocast(arguments[0]):
             return compute(*pack((*arguments[:place], mask, *arguments[place + 1 :])))
 

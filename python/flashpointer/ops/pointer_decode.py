@@ -154,7 +154,6 @@ def _cells(
         return q.new_empty(0, dtype=torch.int64), q.new_empty(0), 0
     if backend == "reference":
         return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
-    q, k = _pointer.per_head(q, k)
     least = min(threshold, default=0.0)
     several = any(x > least for x in threshold)
     pruned = top_k is not None or (several and max_spans is not None)  # by tiles, while they go
@@ -162,9 +161,9 @@ def _cells(
         decode = backends.implementation(OP, "tiled").decode
         return decode(q, k, start, end, heads, problem, threshold, max_spans, top_k)  # type: ignore[no-any-return]
     decode = backends.implementation(OP, backend).decode
-    cells, scores, count = decode(q, k, start, end, heads, problem, least, max_spans)
+    cells, scores, count = decode(*_pointer.per_head(q, k), start, end, heads, problem, least, max_spans)
     if several:
-        above = scores > scores.new_tensor(threshold)[cells // q.shape[2] ** 2 % heads]
+        above = scores > scores.new_tensor(threshold)[cells // q.shape[-2] ** 2 % heads]
         cells, scores = cells[above], scores[above]
         count = len(cells)
     return cells, scores, count

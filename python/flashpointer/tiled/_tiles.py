@@ -26,3 +26,14 @@ def column_tiles(classes: int) -> list[slice]:
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for itself, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def one_tile(scores: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether rows of scores go the short way, as they are: on a CPU, which can look, without a mask, in one tile."""
+    return mask is None and scores.device.type == "cpu" and 0 < scores.numel() <= TILE
+
+
+def computing(x: torch.Tensor) -> torch.Tensor:
+    """x in its computing dtype; itself where it is, for to() is a call even then."""
+    dtype = computing_dtype(x.dtype)
+    return x if x.dtype == dtype else x.to(dtype)

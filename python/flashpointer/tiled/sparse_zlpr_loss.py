@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from . import zlpr_loss
+from ._tiles import one_tile
 
 
 def forward(
@@ -17,6 +18,8 @@ def forward(
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``zlpr_loss.forward``, with positives [outer, inner, listed] in place of labels."""
+    if one_tile(scores, mask):
+        scores, positives = (x.reshape(1, scores.shape[:-1].numel(), x.shape[-1]) for x in (scores, positives))
 
     def read(o: int, rows: slice, columns: slice, out: torch.Tensor) -> None:
         listed = positives[o, rows].to(torch.int64)
