@@ -49,7 +49,9 @@ def register(
     def call(*arguments: Any) -> Any:
         if not _is_plain(arguments):
             return op(*arguments)
-        return compute(*arguments) if backward is None else Direct.apply(*arguments)  # type: ignore[no-untyped-call]
+        if backward is None or not torch.is_grad_enabled():
+            return compute(*arguments)
+        return Direct.apply(*arguments)  # type: ignore[no-untyped-call]
 
     return call
 

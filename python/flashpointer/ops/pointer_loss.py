@@ -248,11 +248,7 @@ def _compute_with_gradient(
     tiled = backends.implementation(OP, "tiled")
     kept = tiled.Kept(tiled.KEPT)
     losses, saved = tiled.forward(q, k, start, end, spans, span_labels, heads, problem, kept)
-    grads = tiled.gradients(None, saved, problem, kept)
-    share = _share(reduction, losses.shape)
-    if share != 1.0:
-        for x in grads:
-            x.mul_(share)
+    grads = tiled.gradients(None, saved, problem, kept, _share(reduction, losses.shape))
     return _rows.reduce(losses, losses.shape, reduction), *grads
 
 

@@ -69,7 +69,7 @@ def _check_values(scores: torch.Tensor, positives: torch.Tensor, mask: torch.Ten
     if positives.numel() == 0 or not _checks.can_look(positives):
         return
     classes = scores.shape[-1]
-    if positives.max() < classes:
+    if int(positives.max()) < classes:
         return
     wrong = (positives >= classes) & (positives != ignore_index)
     if wrong.any():

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from ..problem import Problem
 from ._cells import biases, corner, penalties, shaped, tiles
 from ._rotary import turned
-from ._tiles import TILE
+from ._tiles import TILE, small_on_one_thread
 
 # Tokens to the side of a block: few enough blocks to compare the bounds of all, for every head.
 BLOCK = 32
@@ -32,6 +32,7 @@ Found = tuple[torch.Tensor, torch.Tensor]
 """Cells ((b * H + h) * N + start) * N + end, and their scores."""
 
 
+@small_on_one_thread(lambda q, *_: q.shape[:-1].numel() * q.shape[-2])
 def decode(
     q: torch.Tensor,
     k: torch.Tensor,

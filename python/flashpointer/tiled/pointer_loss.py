@@ -26,7 +26,7 @@ from . import _listed
 from ._cells import Tile, biases, part, penalties, shaped, tiles
 from ._listed import Cells, Grid, Numbers, Rows
 from ._rotary import turned, turned_back
-from ._tiles import computing_dtype
+from ._tiles import computing_dtype, small_on_one_thread
 
 # To a tile, at most: 1 MiB in float32, for two such buffers are to stay in cache.
 CELLS = 1 << 18
@@ -66,6 +66,7 @@ def empty_saved(shape: tuple[int, ...], like: torch.Tensor) -> Saved:
     return Saved(vectors, biases, bounds, values, rows, log_sums, cells, terms, shape)
 
 
+@small_on_one_thread(lambda q, *_: q.shape[:-1].numel() * q.shape[-2])
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -145,14 +146,16 @@ def backward(
     return d_q, d_k, d_start, d_end
 
 
+@small_on_one_thread(lambda _, saved, *rest: saved.shape[0] * saved.shape[1] * saved.shape[2] ** 2)
 def gradients(
     upstream: torch.Tensor | None,
     saved: Saved,
     problem: Problem,
     kept: Kept | None = None,
+    share: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of q and k [2, *shape of q], of start and of end [B, H, N], in the computing dtype; the losses' upstream
-    gradients [B, H] are 1 if there are none."""
+    gradients [B, H] are ``share`` if there are none."""
     batch, own_heads, length, size, heads, _ = saved.shape
     d_vectors, (of_negatives, of_positives) = torch.zeros_like(saved.vectors), saved.log_sums.unbind()
     negatives, positives = (saved.rows - saved.log_sums).exp_().unbind()
@@ -192,7 +195,11 @@ def gradients(
         torch.bmm(d_products, part(sweep.keys, g, c), out=part(d_queries, g, r))
         part(d_keys, g, c).baddbmm_(d_products.mT, part(sweep.queries, g, r))
     d_start, d_end = (shaped(x, batch, heads, length) for x in (d_start, d_end))
-    return turned_back(d_vectors, problem), d_start, d_end
+    grads = turned_back(d_vectors, problem), d_start, d_end
+    if share != 1.0:
+        for x in grads:
+            x.mul_(share)
+    return grads
 
 
 # --- the sweep -----------------------------------------------------------------------------------------------------

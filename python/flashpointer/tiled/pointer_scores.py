@@ -14,7 +14,7 @@ import torch
 from ..problem import Problem
 from ._cells import CornerOf, Tile, biases, factors, invalid_cells, penalties, tiles
 from ._rotary import turned, turned_back
-from ._tiles import TILE
+from ._tiles import TILE, small_on_one_thread
 
 # To a tile, for fewer operations pass over it than over those of a loss.
 CELLS = 8 * TILE
@@ -22,6 +22,7 @@ CELLS = 8 * TILE
 HEIGHT = 64
 
 
+@small_on_one_thread(lambda q, *rest: len(q) * rest[3] * q.shape[2] ** 2)
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -58,6 +59,7 @@ def forward(
     return scores
 
 
+@small_on_one_thread(lambda grad, *_: grad.numel())
 def backward(
     grad: torch.Tensor,
     q: torch.Tensor,

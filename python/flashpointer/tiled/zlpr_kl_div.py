@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from ._tiles import column_tiles, computing, computing_dtype, one_tile, row_tiles
+from ._tiles import column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
 
 
 def forward(scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -34,6 +34,7 @@ def backward(
     return of_scores, of_other
 
 
+@small_on_one_thread(lambda scores, *_: scores.numel())
 def forward_with_gradients(
     scores: torch.Tensor,
     other: torch.Tensor,

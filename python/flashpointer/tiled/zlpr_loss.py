@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._tiles import column_tiles, computing, computing_dtype, one_tile, row_tiles
+from ._tiles import column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
 
 SAFE = 60.0
 
@@ -29,6 +29,7 @@ class Terms(NamedTuple):
     e_p: torch.Tensor
 
 
+@small_on_one_thread(lambda scores, *_: scores.numel())
 def forward(
     scores: torch.Tensor,
     labels: torch.Tensor,
@@ -41,17 +42,27 @@ def forward(
     hard = labels.dtype == torch.bool
     labels = labels.view(torch.uint8) if hard else labels
     if one_tile(scores, mask):
-        s = computing(scores)
-        plain = plain_rows(s, labels.to(s.dtype, copy=True), s.new_empty((2, *s.shape)), hard)
-        if plain is not None:
-            grad = plain.gradient(grad_scale) if with_grad else s.new_empty(0)
-            return plain.losses, grad if grad.dtype == scores.dtype else grad.to(scores.dtype)
+        done = forward_plain(scores, labels.to(computing_dtype(scores.dtype), copy=True), hard, grad_scale, with_grad)
+        if done is not None:
+            return done
         scores, labels = (x.reshape(1, -1, x.shape[-1]) for x in (scores, labels))
 
     def read(o: int, rows: slice, columns: slice, out: torch.Tensor) -> None:
         out.copy_(labels[o, rows, columns])
 
     return sweep(scores, read, hard, mask, grad_scale, with_grad)
+
+
+def forward_plain(
+    scores: torch.Tensor, p: torch.Tensor, hard: bool, grad_scale: float, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Loss and gradient of one tile of scores [..., C] and labels in the computing dtype, if ``plain_rows`` will do."""
+    s = computing(scores)
+    plain = plain_rows(s, p, s.new_empty((2, *s.shape)), hard)
+    if plain is None:
+        return None
+    grad = plain.gradient(grad_scale) if with_grad else s.new_empty(0)
+    return plain.losses, grad if grad.dtype == scores.dtype else grad.to(scores.dtype)
 
 
 class Plain(NamedTuple):
