@@ -193,7 +193,8 @@ def gradients(
             part(d_end_of_planes, None, c).index_add_(0, rows.planes, weights)
             d_products.view(-1, weights.shape[1]).index_add_(0, rows.places, weights)
         torch.bmm(d_products, part(sweep.keys, g, c), out=part(d_queries, g, r))
-        part(d_keys, g, c).baddbmm_(d_products.mT, part(sweep.queries, g, r))
+        d_keys_of_tile = part(d_keys, g, c)
+        torch.baddbmm(d_keys_of_tile, d_products.mT, part(sweep.queries, g, r), out=d_keys_of_tile)
     d_start, d_end = (shaped(x, batch, heads, length) for x in (d_start, d_end))
     grads = turned_back(d_vectors, problem), d_start, d_end
     if share != 1.0:
