@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument(
         "tool",
         nargs="?",
-        choices=("sweep", "growth", "overhead", "model", "gpu", "readme"),
+        choices=("sweep", "growth", "overhead", "company", "model", "gpu", "readme"),
         default="sweep",
         help="default: sweep",
     )
@@ -43,12 +43,16 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from . import growth, model, overhead, pages
+    from . import company, growth, model, overhead, pages
 
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if arguments.tool == "overhead":
         console.print(overhead.table())
         console.print(overhead.launches())
+        return 0
+    if arguments.tool == "company":
+        chosen, seconds = [known[name] for name in arguments.op], 0.2 if arguments.quick else 1.0
+        console.print(company.table(chosen, seconds, arguments.quick))
         return 0
     if arguments.tool == "model":
         return model.main(arguments.chip, arguments.op, arguments.out, console.print)
@@ -77,8 +81,9 @@ def main() -> int:
             progress.update(task, advance=1, description=stage, refresh=True)
 
         results = [measure(case, ceilings, seconds, announce) for case in todo]
-    header = report.conditions(device, others.share())
-    console.print(report.table(results, header, ceilings))
+    taken = others.share()
+    header = report.conditions(device, taken)
+    console.print(report.table(results, header, ceilings, taken))
     for file in report.write(arguments.out, results, header, ceilings):
         console.print(f"wrote {file}")
     return 0 if all(result.agrees for result in results) else 1

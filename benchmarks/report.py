@@ -31,6 +31,9 @@ OTHERS = ("eager", "compile", "rival")
 SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
+# More of the CPU than this makes a time one of the company as well.
+QUIET = 0.05
+
 HOW_TO_READ = """\
 Medians, ± half the distance between the 20 % and the 80 % quantile. "/ ours": how many times as much as ours it takes.
 "of ceiling": how near ours comes to the measured ceiling, had it to read each input once and write each gradient once;
@@ -89,8 +92,10 @@ def short(value: float) -> str:
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
-def table(results: list[Result], header: dict[str, str], ceilings: Ceilings) -> RenderableType:
-    """The conditions, all cases, and what their reader must know."""
+def table(
+    results: list[Result], header: dict[str, str], ceilings: Ceilings, taken: float | None = None
+) -> RenderableType:
+    """The conditions, all cases, and what their reader must know: in red that others took much of the CPU."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -98,7 +103,10 @@ def table(results: list[Result], header: dict[str, str], ceilings: Ceilings) -> 
     header = header | ceilings_said(ceilings)
     top = Table.grid(padding=(0, 2))
     for key, value in header.items():
-        top.add_row(f"[dim]{key}[/]", value)
+        loud = key == "other processes" and taken is not None and taken > QUIET
+        top.add_row(
+            f"[dim]{key}[/]", f"[bold red]{value}: compare ratios alone, of rows near each other[/]" if loud else value
+        )
 
     body = Table(box=box.SIMPLE_HEAD, show_lines=True, header_style="bold")
     for column in ("case", "", *COLOURS):

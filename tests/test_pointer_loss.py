@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import flashpointer as fp
 from flashpointer.agreement import compare, relative_error, run
+from flashpointer.problem import FEW
+from flashpointer.tiled import _listed as listing
 from flashpointer.tiled import pointer_loss as tiles
 
 from .conftest import INTERPRETED, Place
@@ -188,6 +190,30 @@ def test_many_spans_are_sorted_elsewhere(place: Place) -> None:
             assert torch.equal(x, y)
         agree({**inputs, "span_labels": None})
         agree({**inputs, "span_labels": None, "spans": padded(inputs["spans"], 2)})
+
+
+@pytest.mark.parametrize("options", [{}, {"max_width": 9, "tril_mask": False}], ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_python_and_pytorch_list_the_same(shared: bool, options: dict[str, Any]) -> None:
+    """Bit for bit, in one tile and in many, with rows of several cells: up to FEW spans are sorted in Python."""
+    shape = (2, 3, 40, 16)
+    inputs = {**problem(shape, shared, count=100), "mask": holes(2, 40, "cpu"), **options}
+    inputs["span_labels"] = torch.rand(len(inputs["spans"]))
+    for reduction in ("none", "mean"):
+        for tiling in (contextlib.nullcontext(), SMALL_TILES):
+            with tiling:
+                expected = evaluate({**inputs, "reduction": reduction})
+                with patch.object(listing, "FEW", 0):
+                    assert all(map(torch.equal, evaluate({**inputs, "reduction": reduction}), expected))
+
+
+@pytest.mark.parametrize("count, name", [(FEW, "_few"), (FEW + 1, "_many")])
+def test_so_many_are_few(count: int, name: str) -> None:
+    inputs = problem((2, 3, 40, 16), count=0)
+    inputs["spans"] = some_spans((2, 3, 40, 16), count, "cpu")[:count]
+    with patch.object(listing, name, wraps=getattr(listing, name)) as sort:
+        agree(inputs)
+    assert sort.call_count == 1 and len(inputs["spans"]) == count
 
 
 PAD_ROWS = torch.tensor([[-100, -100, -100], [0, -1, 2], [1, 3, -7], [-1, 999, 999]])  # one negative entry is enough

@@ -36,8 +36,7 @@ def turn(
         assert not vectors[..., length:, :].any() and not vectors[..., size:].any()
         return tuple(vectors[..., :length, :size])
     rotary = importlib.import_module("flashpointer.tiled._rotary")
-    q, k = (rotary.rotated(x, Problem(mask, positions, rope, True, None, 1.0)) for x in (q, k))
-    return q, k
+    return rotary.turned(q, k, Problem(mask, positions, rope, True, None, 1.0)).unbind()
 
 
 def there_and_back(
@@ -50,11 +49,8 @@ def there_and_back(
         d_q, d_k, *_ = kernels.backward(grad, q, k, False, False, problem)
         return d_k, d_q
     rotary = importlib.import_module("flashpointer.tiled._rotary")
-    q, k = (
-        rotary.rotated_back(x, Problem(None, positions, True, True, None, 1.0))
-        for x in turn(place, q, k, None, positions)
-    )
-    return q, k
+    vectors = torch.stack(turn(place, q, k, None, positions))
+    return rotary.turned_back(vectors, Problem(None, positions, True, True, None, 1.0)).unbind()
 
 
 def exact(x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:

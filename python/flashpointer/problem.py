@@ -23,6 +23,10 @@ SCHEMA = "Tensor? mask, Tensor? positions, bool rope, bool tril_mask, int? max_w
 """Its fields in the schema of an op."""
 
 
+FEW = 256
+"""So many spans Python reads, checks and sorts in less time than PyTorch takes to be called."""
+
+
 class LogSums(NamedTuple):
     """Both terms of the ZLPR loss of each row, over some of its classes: the sum of exponentials is S * exp(m), with
     m >= 0. The 1 beside it inside the logarithm is not counted in: it stands once, for all classes."""

@@ -104,15 +104,19 @@ def _check_positions(op: str, positions: torch.Tensor | None, q: torch.Tensor) -
 
 
 def kept_tokens(op: str, mask: torch.Tensor | None, *, look: bool) -> torch.Tensor | None:
-    """A mask as bool: where it is 1, and nowhere else, for of an additive mask what is not 0 is the padding.
+    """A mask as bool: where it is 1, and nowhere else, for of an additive mask what is not 0 is the padding. None for
+    one that keeps all, if ``look`` and to look costs nothing.
 
     Raises:
         ValueError: for one of other numbers than 0 and 1, if ``look`` and to look costs nothing.
     """
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    kept = mask == 1
-    if look and _checks.can_look(mask):
+    if mask is None:
+        return None
+    kept = mask if mask.dtype == torch.bool else mask == 1
+    look = look and _checks.can_look(mask)
+    if look and kept.all():
+        return None
+    if look and mask.dtype != torch.bool:
         wrong = ~(kept | (mask == 0))
         if wrong.any():
             where = tuple(wrong.nonzero()[0].tolist())

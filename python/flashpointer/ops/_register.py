@@ -49,7 +49,9 @@ def register(
     def call(*arguments: Any) -> Any:
         if not _is_plain(arguments):
             return op(*arguments)
-        return compute(*arguments) if backward is None else Direct.apply(*arguments)  # type: ignore[no-untyped-call]
+        if backward is None or not torch.is_grad_enabled():
+            return compute(*arguments)
+        return Direct.apply(*arguments)  # type: ignore[no-untyped-call]
 
     return call
 
@@ -98,7 +100,7 @@ def register_pointer_op(
         return (*arguments[:place], Problem(*arguments[place:behind]), *arguments[behind:])
 
     def packed_compute(*arguments: Any) -> Any:
-        mask = _pointer.kept_tokens(op, arguments[place], look=not name.endswith("_backward"))
+        mask = _pointer.kept_tokens(op, arguments[place], look=True)
         with _checks.without_autocast(arguments[0]):
             return compute(*pack((*arguments[:place], mask, *arguments[place + 1 :])))
 

@@ -10,6 +10,7 @@ import torch
 
 from .. import backends
 from ..problem import LogSums
+from ..tiled._tiles import one_tile
 from . import _shards
 from ._register import refuse_second_derivative, register, wanted_again
 
@@ -36,7 +37,7 @@ def _fold_shape(t: torch.Tensor, split: int) -> tuple[int, int, int]:
 def reduce(losses: torch.Tensor, lead: torch.Size, reduction: str) -> torch.Tensor:
     """losses [outer, inner] under the reduction; the mean over no rows is 0, as is the sum."""
     if reduction == "none":
-        return losses.view(lead)
+        return losses if losses.shape == lead else losses.view(lead)
     return losses.mean() if reduction == "mean" and losses.numel() > 0 else losses.sum()
 
 
@@ -71,10 +72,12 @@ def register_with_gradient(op: str, labels: str, extra: str, check: Callable[...
         backend: str, *extra: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         check(scores, labels, mask, *extra)
-        losses, grad = backends.implementation(op, backend).forward(
-            *fold(scores, labels, mask), grad_scales(scores, reduction)[0], with_grad, *extra
-        )
-        return reduce(losses, scores.shape[:-1], reduction), grad.view(scores.shape if with_grad else 0)
+        forward, as_it_is = backends.implementation(op, backend).forward, backend == "tiled" and one_tile(scores, mask)
+        rows = (scores, labels, mask) if as_it_is else fold(scores, labels, mask)
+        losses, grad = forward(*rows, grad_scales(scores, reduction)[0], with_grad, *extra)
+        if with_grad and grad.shape != scores.shape:
+            grad = grad.view(scores.shape)
+        return reduce(losses, scores.shape[:-1], reduction), grad
 
     def fake(
         scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, reduction: str, with_grad: bool,
@@ -91,20 +94,19 @@ def register_with_gradient(op: str, labels: str, extra: str, check: Callable[...
 
     def backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative(op)
-        grad = None if upstream is None else _stored_gradient(ctx, upstream)
+        grad = None if upstream is None else scaled(ctx.saved_tensors[0], upstream, ctx.factor, ctx.backend)
         return (grad, *[None] * (ctx.arguments - 1))
 
     schema = f"Tensor scores, Tensor {labels}, Tensor? mask, str reduction, bool with_grad, str backend{extra}"
     return register(f"{op}({schema}) -> (Tensor loss, Tensor grad)", compute, fake, setup_context, backward)
 
 
-def _stored_gradient(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
-    """The saved gradient times the upstream one: in place, not at all where that is 1, if nobody asks for it again."""
-    grad: torch.Tensor = ctx.saved_tensors[0]
+def scaled(grad: torch.Tensor, upstream: torch.Tensor, factor: float, backend: str) -> torch.Tensor:
+    """A saved gradient times the upstream one: in place, not at all where that is 1, if nobody asks for it again."""
     if wanted_again(grad, upstream):
-        scaled: torch.Tensor = grad * (upstream * ctx.factor).unsqueeze(-1)
-        return scaled.to(grad.dtype)
-    backends.implementation("scale_rows", ctx.backend).scale_(grad, upstream, ctx.factor)
+        product: torch.Tensor = grad * (upstream * factor).unsqueeze(-1)
+        return product.to(grad.dtype)
+    backends.implementation("scale_rows", backend).scale_(grad, upstream, factor)
     return grad
 
 

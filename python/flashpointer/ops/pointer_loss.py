@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from ..problem import Problem
+from ..problem import FEW, Problem
 from . import _checks, _dtensor, _pointer, _register, _rows
 
 OP = "pointer_loss"
@@ -111,7 +111,7 @@ def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torc
     padded, length = spans.dim() == 3, q.shape[-2]
     sizes: tuple[int, ...] = (heads, length, length) if padded else (q.shape[0], heads, length, length)
     row = "(head, start, end)" if padded else "(batch, head, start, end)"
-    least, most = (x.tolist() for x in spans.flatten(0, -2).aminmax(dim=0))
+    least, most = _extremes(spans)
     if (min(least) < 0 and not padded) or any(x >= size for x, size in zip(most, sizes, strict=True)):
         negative, beyond = (spans < 0).any(-1), (spans >= spans.new_tensor(sizes)).any(-1)
         _refuse(spans, "spans", f"rows {row} below {sizes}", beyond & ~negative if padded else beyond | negative)
@@ -120,6 +120,15 @@ def _check_values(spans: torch.Tensor, span_labels: torch.Tensor | None, q: torc
         if padded:
             wrong &= (spans >= 0).all(-1)
         _refuse(span_labels, "span_labels", "0 to 1, or -100 for a cell to leave out", wrong)
+
+
+def _extremes(spans: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The least and the largest number of each column."""
+    if spans.dim() == 2 and len(spans) <= FEW:
+        columns = list(zip(*spans.tolist(), strict=True))
+        return list(map(min, columns)), list(map(max, columns))
+    least, most = spans.flatten(0, -2).aminmax(dim=0)
+    return least.tolist(), most.tolist()
 
 
 def _refuse(values: torch.Tensor, name: str, takes: str, wrong: torch.Tensor) -> None:
@@ -139,9 +148,10 @@ def _compute(
     span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str, backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     _check_values(spans, span_labels, q, heads)
-    losses, saved = backends.implementation(OP, backend).forward(
-        *_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem
-    )
+    if backend == "triton":
+        q, k = _pointer.per_head(q, k)
+    forward = backends.implementation(OP, backend).forward
+    losses, saved = forward(q, k, start, end, spans, span_labels, heads, problem)
     return _rows.reduce(losses, losses.shape, reduction), list(saved.tensors())
 
 
@@ -182,7 +192,9 @@ def _backward(ctx: Any, upstream: torch.Tensor, problem: Problem, saved: list[to
     start, end, *tensors = saved
     options = (ctx.shape, ctx.reduction, ctx.dtype, ctx.backend)
     d_q, d_k, d_start, d_end = _op_backward(upstream, tensors, start, end, *problem, *options)
-    return d_q.view(ctx.of_q), d_k.view(ctx.of_q), d_start, d_end
+    if d_q.shape != ctx.of_q:
+        d_q, d_k = d_q.view(ctx.of_q), d_k.view(ctx.of_q)
+    return d_q, d_k, d_start, d_end
 
 
 def _refuse_many(upstream: torch.Tensor) -> None:
@@ -195,10 +207,9 @@ def _compute_backward(
     problem: Problem, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     module, planes = backends.implementation(OP, backend), torch.Size((shape[0], shape[4]))
-    kept = module.Saved(*saved, tuple(shape))
-    grads: tuple[torch.Tensor, ...] = module.backward(
-        upstream.expand(planes), _share(reduction, planes), kept, start, end, dtype, problem
-    )
+    kept, share = module.Saved(*saved, tuple(shape)), _share(reduction, planes)
+    upstream = upstream if upstream.shape == planes else upstream.expand(planes)
+    grads: tuple[torch.Tensor, ...] = module.backward(upstream, share, kept, start, end, dtype, problem)
     return grads
 
 
@@ -207,7 +218,8 @@ def _fake_backward(
     problem: Problem, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     batch, own_heads, length, size, heads, _ = shape
-    vectors, biases = (batch, own_heads, length, size), (batch, heads, length)
+    vectors = (batch, own_heads, length, size) if backend == "triton" else saved[0].shape[1:]
+    biases = (batch, heads, length)
     return tuple(upstream.new_empty(of, dtype=dtype) for of in (vectors, vectors, biases, biases))
 
 
@@ -238,10 +250,9 @@ def _compute_with_gradient(
     _check_values(spans, span_labels, q, heads)
     tiled = backends.implementation(OP, "tiled")
     kept = tiled.Kept(tiled.KEPT)
-    losses, saved = tiled.forward(*_pointer.per_head(q, k), start, end, spans, span_labels, heads, problem, kept)
-    upstream, share = losses.new_ones(()).expand_as(losses), _share(reduction, losses.shape)
-    d_q, d_k, d_start, d_end = tiled.backward(upstream, share, saved, start, end, losses.dtype, problem, kept)
-    return _rows.reduce(losses, losses.shape, reduction), d_q.view(q.shape), d_k.view(q.shape), d_start, d_end
+    losses, saved = tiled.forward(q, k, start, end, spans, span_labels, heads, problem, kept)
+    grads = tiled.gradients(None, saved, problem, kept, _share(reduction, losses.shape))
+    return _rows.reduce(losses, losses.shape, reduction), *grads
 
 
 def _fake_with_gradient(
@@ -249,7 +260,7 @@ def _fake_with_gradient(
     span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     biases = (len(q), heads, q.shape[-2])
-    return tuple(q.new_empty(of, dtype=_loss_dtype(q)) for of in ((), q.shape, q.shape, biases, biases))
+    return tuple(q.new_empty(of, dtype=_loss_dtype(q)) for of in ((), (2, *q.shape), biases, biases))
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -260,15 +271,18 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 
 def _scale_gradients(ctx: Any, upstream: torch.Tensor, problem: Problem, saved: list[torch.Tensor]) -> Any:
     _refuse_many(upstream)
-    scale = torch.Tensor.mul if _register.wanted_again(saved[0], upstream) else torch.Tensor.mul_
-    needed = zip(saved, ctx.needs_input_grad, strict=False)
-    return [scale(grad, upstream).to(ctx.dtype) if need else None for grad, need in needed]
+    again = _register.wanted_again(saved[0], upstream)
+    if again or upstream.device.type != "cpu" or upstream.item() != 1.0:  # elsewhere to look is to wait
+        scale = torch.Tensor.mul if again else torch.Tensor.mul_
+        saved = [scale(x, upstream) for x in saved]
+    d_vectors, d_start, d_end = (x if x.dtype == ctx.dtype else x.to(ctx.dtype) for x in saved)
+    return *d_vectors.unbind(), d_start, d_end
 
 
 _op_with_gradient = _register.register_pointer_op(
     "pointer_loss_with_gradient(Tensor q, Tensor k, Tensor? start, Tensor? end, Tensor spans, Tensor? span_labels,"
     " Problem problem, SymInt heads, str reduction)"
-    " -> (Tensor loss, Tensor d_q, Tensor d_k, Tensor d_start, Tensor d_end)",
+    " -> (Tensor loss, Tensor d_vectors, Tensor d_start, Tensor d_end)",
     _compute_with_gradient,
     _fake_with_gradient,
     _save_gradients,

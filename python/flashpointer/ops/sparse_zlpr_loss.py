@@ -96,7 +96,7 @@ def _check_values(scores: torch.Tensor, positives: torch.Tensor, mask: torch.Ten
 def _check_below(positives: torch.Tensor, classes: int, ignore_index: int) -> None:
     if positives.numel() == 0 or not _checks.can_look(positives):
         return
-    if positives.max() < classes:
+    if int(positives.max()) < classes:
         return
     wrong = (positives >= classes) & (positives != ignore_index)
     if wrong.any():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import backends, reference
+from ..tiled._tiles import one_tile
 from . import _checks, _dtensor, _register, _rows
 
 OP = "zlpr_kl_div"
@@ -56,14 +57,23 @@ def zlpr_kl_div(
     backend = _checks.choose_backend(OP, scores, other)
     if backend == "reference":
         return reference.zlpr_kl_div(scores, other, mask, reduction)
-    loss: torch.Tensor = _op(scores, other, mask, reduction, backend)
+    needed = _register.wants_gradient(scores), _register.wants_gradient(other)
+    # On tiles one sweep makes losses and gradients; kernels make gradients in registers, and store none.
+    at_once = backend == "tiled" and any(needed)
+    loss: torch.Tensor = (
+        _op_with_gradient(scores, other, mask, reduction, *needed)[0]
+        if at_once
+        else _op(scores, other, mask, reduction, backend)
+    )
     return loss
 
 
 def _compute(
     scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None, reduction: str, backend: str
 ) -> torch.Tensor:
-    losses = backends.implementation(OP, backend).forward(*_rows.fold(scores, other, mask))
+    as_it_is = backend == "tiled" and one_tile(scores, mask)
+    rows = (scores, other, mask) if as_it_is else _rows.fold(scores, other, mask)
+    losses = backends.implementation(OP, backend).forward(*rows)
     return _rows.reduce(losses, scores.shape[:-1], reduction)
 
 
@@ -118,4 +128,56 @@ _op = _register.register(
     lambda scores, other, mask, reduction, backend: _rows.fake_loss(scores, reduction),
     _setup_context,
     _backward,
+)
+
+
+# --- the loss whose forward computes the gradients -----------------------------------------------------------------
+
+
+def _compute_with_gradient(
+    scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None, reduction: str, need_scores: bool,
+    need_other: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    rows = (scores, other, mask) if one_tile(scores, mask) else _rows.fold(scores, other, mask)
+    scale, _ = _rows.grad_scales(scores, reduction)
+    losses, *grads = backends.implementation(OP, "tiled").forward_with_gradients(*rows, scale, need_scores, need_other)
+    return _rows.reduce(losses, scores.shape[:-1], reduction), *(
+        grad.view(scores.shape) if needed and grad.shape != scores.shape else grad
+        for grad, needed in zip(grads, (need_scores, need_other), strict=True)
+    )
+
+
+def _fake_with_gradient(
+    scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None, reduction: str, need_scores: bool,
+    need_other: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    grads = _fake_backward(scores, other, mask, scores, reduction, need_scores, need_other, "tiled")
+    return _rows.fake_loss(scores, reduction), *grads
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    scores, _, _, reduction, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    _, ctx.factor = _rows.grad_scales(scores, reduction)
+
+
+def _scale_gradients(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    _register.refuse_second_derivative(OP)
+    needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    grads = [
+        _rows.scaled(grad, upstream, ctx.factor, "tiled") if need and upstream is not None else None
+        for grad, need in needed
+    ]
+    return *grads, None, None, None, None
+
+
+_op_with_gradient = _register.register(
+    "zlpr_kl_div_with_gradient(Tensor scores, Tensor other, Tensor? mask, str reduction, bool need_scores,"
+    " bool need_other) -> (Tensor loss, Tensor grad_scores, Tensor grad_other)",
+    _compute_with_gradient,
+    _fake_with_gradient,
+    _save_gradients,
+    _scale_gradients,
 )

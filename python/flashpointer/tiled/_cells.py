@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..problem import Problem
+from ._tiles import computing
 
 Tile = tuple[slice, slice, slice, torch.Tensor | None]
 """Groups, start tokens, end tokens, and what triangle and band make of the first columns: None if they rule out
@@ -41,11 +42,43 @@ def invalid_cells(rows: slice, columns: slice, problem: Problem, device: torch.d
 
 
 def biases(
-    bias: torch.Tensor | None, batch: int, heads: int, length: int, problem: Problem, like: torch.Tensor
+    start: torch.Tensor | None,
+    end: torch.Tensor | None,
+    groups: int,
+    heads: int,
+    problem: Problem,
+    vectors: torch.Tensor,
 ) -> torch.Tensor:
-    """A bias [B, H, N] in the dtype of ``like``: 0 for none, -inf for the tokens that the mask drops."""
-    x = like.new_zeros((batch, heads, length)) if bias is None else bias.to(like.dtype).contiguous()
-    return x if problem.mask is None else torch.where(problem.mask.unsqueeze(1), x, -torch.inf)
+    """start and end [2, groups, heads of a group, N] in the dtype of ``vectors`` [2, B, ..., N, D]: 0 for none, -inf
+    for the tokens that the mask drops."""
+    batch, length = vectors.shape[1], vectors.shape[-2]
+    if start is None and end is None:
+        x = vectors.new_zeros((2, batch, heads, length))
+    else:
+        given = [x for x in (start, end) if x is not None]
+        x = computing(torch.stack([torch.zeros_like(given[0]) if x is None else x for x in (start, end)]))
+    if problem.mask is not None:
+        x.masked_fill_(~problem.mask.unsqueeze(1), -torch.inf)
+    return shaped(x, 2, groups, batch * heads // max(1, groups), length)
+
+
+# --- of a problem of one tile nothing is cut: a view is a call too ----------------------------------------------------
+
+
+def part(x: torch.Tensor, *slices: slice | None) -> torch.Tensor:
+    """These slices of its first dimensions, None for all of one; itself where they are all there is."""
+    for dim, s in enumerate(slices):
+        if s is not None and s.stop - s.start < x.shape[dim]:
+            x = x.narrow(dim, s.start, s.stop - s.start)
+    return x
+
+
+def shaped(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    """A view of this shape; itself where it has it."""
+    return x if x.shape == shape else x.view(shape)
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
 
 
 def tiles(
@@ -76,7 +109,7 @@ def tiles(
         r = slice(first, min(first + height, length))
         stop = length if problem.max_width is None else min(length, r.stop - 1 + problem.max_width)
         c = slice(first if problem.tril_mask else 0, stop + -stop % multiple)
-        corner = _corner(r, c, problem, like, corner_of)
+        here = corner(r, c, problem, like, corner_of)
         # As many groups to each of the tiles of these rows: of 8, not 6 and 2.
         most = max(1, cells // ((r.stop - r.start) * (c.stop - c.start)))
         depth = math.ceil(groups / math.ceil(groups / most))
@@ -84,11 +117,12 @@ def tiles(
             extent = max(extents[g])
             if extent > first:
                 rows, columns = (slice(s.start, min(s.stop, extent)) for s in (r, c))
-                here = None if corner is None else corner[: rows.stop - first, : columns.stop - c.start]
-                yield g, rows, columns, here
+                sides = (slice(0, s.stop - s.start) for s in (rows, columns))
+                yield g, rows, columns, None if here is None else part(here, *sides)
 
 
-def _corner(r: slice, c: slice, problem: Problem, like: torch.Tensor, corner_of: CornerOf) -> torch.Tensor | None:
+def corner(r: slice, c: slice, problem: Problem, like: torch.Tensor, corner_of: CornerOf) -> torch.Tensor | None:
+    """What triangle and band make of the first columns of a tile, as ``Tile`` says."""
     if problem.max_width is not None:
         return corner_of(invalid_cells(r, c, problem, like.device), like)
     if not problem.tril_mask:

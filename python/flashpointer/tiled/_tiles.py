@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # 768 KiB in float32: a few such buffers stay in cache, and each operation still outweighs its own call. Larger is a
 # little faster, but three buffers should be small beside the gradient even of a million scores.
 TILE = 3 << 16
+
+# Cells whose work is over before the second thread is there, if another process has its core. PyTorch, and MKL below it
+# for an exponential of 500 cells, would wait for it at each call, spinning: a hundred times as long as the work takes.
+SMALL = 1 << 17
+# Where there is another way to make threads PyTorch takes no orders about them once it has some.
+OPENMP = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+
+
+def small_on_one_thread(cells: Callable[..., int]) -> Callable[[F], F]:
+    """A function that computes so many cells, of its arguments: on one thread if they are SMALL. The number of threads
+    is the calling thread's own, so that others go on with theirs."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def wrapped(*arguments: Any) -> Any:
+            threads = torch.get_num_threads()
+            if threads == 1 or not OPENMP or cells(*arguments) > SMALL:
+                return function(*arguments)
+            torch.set_num_threads(1)
+            try:
+                return function(*arguments)
+            finally:
+                torch.set_num_threads(threads)
+
+        return wrapped  # type: ignore[return-value]
+
+    return decorate
 
 
 def row_tiles(outer: int, inner: int, classes: int) -> Iterator[tuple[int, slice]]:
@@ -26,3 +57,14 @@ def column_tiles(classes: int) -> list[slice]:
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for itself, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def one_tile(scores: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether rows of scores go the short way, as they are: on a CPU, which can look, without a mask, in one tile."""
+    return mask is None and scores.device.type == "cpu" and 0 < scores.numel() <= TILE
+
+
+def computing(x: torch.Tensor) -> torch.Tensor:
+    """x in its computing dtype; itself where it is, for to() is a call even then."""
+    dtype = computing_dtype(x.dtype)
+    return x if x.dtype == dtype else x.to(dtype)

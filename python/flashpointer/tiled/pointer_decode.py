@@ -17,9 +17,9 @@ import torch
 from torch.nn.functional import pad
 
 from ..problem import Problem
-from ._cells import biases, penalties, tiles
-from ._rotary import rotated
-from ._tiles import TILE
+from ._cells import biases, corner, penalties, shaped, tiles
+from ._rotary import turned
+from ._tiles import TILE, small_on_one_thread
 
 # Tokens to the side of a block: few enough blocks to compare the bounds of all, for every head.
 BLOCK = 32
@@ -32,6 +32,7 @@ Found = tuple[torch.Tensor, torch.Tensor]
 """Cells ((b * H + h) * N + start) * N + end, and their scores."""
 
 
+@small_on_one_thread(lambda q, *_: q.shape[:-1].numel() * q.shape[-2])
 def decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -45,12 +46,20 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """As ``kernels.pointer_decode.decode``, in float64 for float64, with a threshold for all heads or one for each; and
     of each head of a sentence only the top_k best spans, of equal ones the first. Neither limit lets more gather than
-    twice what it leaves, and a tile."""
-    length = q.shape[2]
-    q, k = rotated(q, problem), rotated(k, problem)
-    start, end = (_by_group(bias, q, heads, problem) for bias in (start, end))
-    of_heads = torch.tensor(threshold, dtype=torch.float64, device=q.device).to(q.dtype)
-    floor = of_heads.expand(heads).repeat(q.shape[0])  # [B * H]; top_k raises it
+    twice what it leaves, and a tile. q and k may also be [B, N, D]."""
+    vectors = turned(q, k, problem)
+    batch, length, size = vectors.shape[1], *vectors.shape[-2:]
+    groups = vectors[0].numel() // max(1, length * size)
+    q, k = shaped(vectors, 2, groups, length, size).unbind()
+    of_both = biases(start, end, groups, heads, problem, vectors)
+    if len(threshold) == 1:
+        floor = q.new_full((batch * heads,), threshold[0])  # top_k raises it
+    else:
+        floor = torch.tensor(threshold, dtype=torch.float64, device=q.device).to(q.dtype).repeat(batch)
+    if top_k is None and 0 < batch * heads * length**2 <= FEW:
+        cells, scores = _all(q, k, of_both, problem, floor)
+        return *((cells, scores) if max_spans is None else (cells[:max_spans], scores[:max_spans])), len(cells)
+    start, end = _filled(of_both)
     best: Found = torch.empty(0, dtype=torch.int64, device=q.device), q.new_empty(0)
     pending: list[Found] = []
     count = waiting = 0
@@ -70,36 +79,42 @@ def decode(
 # --- the search ----------------------------------------------------------------------------------------------------
 
 
-def _by_group(bias: torch.Tensor | None, q: torch.Tensor, heads: int, problem: Problem) -> torch.Tensor:
-    """A bias as [groups, heads of a group, N], 0 for none. -inf, whose score is above no threshold, where it is NaN,
-    for the tokens that the mask drops, and for those that fill the last block."""
-    batch, own_heads, length, _ = q.shape
-    x = biases(bias, batch, heads, length, problem, q)
-    x = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    if length % BLOCK:
-        x = pad(x, (0, -length % BLOCK), value=-torch.inf)
-    return x.view(batch * own_heads, heads // max(1, own_heads), x.shape[-1])
+def _all(q: torch.Tensor, k: torch.Tensor, of_both: torch.Tensor, problem: Problem, floor: torch.Tensor) -> Found:
+    """Of a problem that is one small tile, in order: whose cells are numbered as they lie."""
+    everything, (start, end) = slice(0, q.shape[1]), of_both.unbind()
+    triangle = corner(everything, everything, problem, q, penalties)
+    x = torch.bmm(q, k.mT) if triangle is None else torch.baddbmm(triangle, q, k.mT)
+    scores = torch.add(x.unsqueeze(1), start.unsqueeze(3)).add_(end.unsqueeze(2))  # [groups, heads of a group, N, N]
+    cells = (scores > floor.view(*start.shape[:2], 1, 1)).view(-1).nonzero().squeeze(1)
+    return cells, scores.view(-1).index_select(0, cells)
+
+
+def _filled(of_both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """start and end [groups, heads of a group, whole blocks of tokens]. -inf, whose score is above no threshold, where
+    one is NaN, and for the tokens that fill the last block."""
+    x = of_both.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    start, end = pad(x, (0, -x.shape[-1] % BLOCK), value=-torch.inf) if x.shape[-1] % BLOCK else x
+    return start, end
 
 
 def _found(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor, end: torch.Tensor, problem: Problem, floor: torch.Tensor
 ) -> Iterator[Found]:
     """What is above the floor [B * H] of its head, which the caller may raise on the way; in no particular order."""
-    (groups, heads, width), length = start.shape, q.shape[2]
+    (groups, heads, width), length = start.shape, q.shape[1]
     if start.numel() == 0:
         return
     if width > length:
         q, k = (pad(x, (0, 0, 0, width - length)) for x in (q, k))
-    q, k = q.flatten(0, 1), k.flatten(0, 1)
     start, end = (x.view(groups, heads, width // BLOCK, BLOCK) for x in (start, end))
     most_start, most_end = start.amax(-1), end.amax(-1)
     floor = floor.view(groups, heads)
     height = max(BLOCK, min(HEIGHT, TILE // width // BLOCK * BLOCK))
-    for g, r, c, corner in tiles(groups, width, problem, q, penalties, height=height, cells=TILE, multiple=BLOCK):
+    for g, r, c, triangle in tiles(groups, width, problem, q, penalties, height=height, cells=TILE, multiple=BLOCK):
         rows, columns = (slice(s.start // BLOCK, s.stop // BLOCK) for s in (r, c))
-        x = torch.bmm(q[g, r], k[g, c].mT).mul_(problem.scale)
-        if corner is not None:
-            x[..., : corner.shape[1]].add_(corner)
+        x = torch.bmm(q[g, r], k[g, c].mT)
+        if triangle is not None:
+            x[..., : triangle.shape[1]].add_(triangle)
         if heads * x.numel() <= FEW:
             scores = x.unsqueeze(1) + start[g, :, rows].flatten(2).unsqueeze(3)
             scores.add_(end[g, :, columns].flatten(2).unsqueeze(2))

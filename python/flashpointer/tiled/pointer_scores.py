@@ -13,8 +13,8 @@ import torch
 
 from ..problem import Problem
 from ._cells import CornerOf, Tile, biases, factors, invalid_cells, penalties, tiles
-from ._rotary import rotated, rotated_back
-from ._tiles import TILE
+from ._rotary import turned, turned_back
+from ._tiles import TILE, small_on_one_thread
 
 # To a tile, for fewer operations pass over it than over those of a loss.
 CELLS = 8 * TILE
@@ -22,6 +22,7 @@ CELLS = 8 * TILE
 HEIGHT = 64
 
 
+@small_on_one_thread(lambda q, *rest: len(q) * rest[3] * q.shape[2] ** 2)
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -36,12 +37,13 @@ def forward(
     if scores.numel() == 0:
         return scores
     by_group = scores.view(batch * own_heads, heads // own_heads, length, length)
-    q, k = (rotated(x, problem).flatten(0, 1) for x in (q, k))
+    vectors = turned(q, k, problem)
+    q, k = vectors.flatten(1, 2).unbind()
     dropped = _dropped(own_heads, problem)
-    if start is not None or end is not None or dropped is not None:
-        start, end = (biases(bias, batch, heads, length, problem, q).view(by_group.shape[:3]) for bias in (start, end))
-    finite = _is_finite(q.norm() * k.norm()) and all(x is None or _below_inf(x) for x in (start, end))
-    q = q * problem.scale
+    biased = start is not None or end is not None or dropped is not None
+    of_both = biases(start, end, batch * own_heads, heads, problem, vectors) if biased else None
+    finite = _is_finite(q.norm() * k.norm()) and (of_both is None or _below_inf(of_both))
+    start, end = (None, None) if of_both is None else of_both.unbind()
     for g, r, c, corner in _tiles(by_group, q, problem, penalties):
         product = torch.bmm(q[g, r], k[g, c].mT).unsqueeze(1)
         if corner is not None:
@@ -57,6 +59,7 @@ def forward(
     return scores
 
 
+@small_on_one_thread(lambda grad, *_: grad.numel())
 def backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -66,10 +69,10 @@ def backward(
     problem: Problem,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``kernels.pointer_scores.backward``."""
-    shape, dtype, (batch, heads, length, _) = q.shape, q.dtype, grad.shape
-    own_heads = shape[1]
-    q, k = (rotated(x, problem).flatten(0, 1) for x in (q, k))
-    d_q, d_k = torch.zeros_like(q), torch.zeros_like(k)
+    own_heads, dtype, (batch, heads, length, _) = q.shape[1], q.dtype, grad.shape
+    vectors = turned(q, k, problem)
+    d_vectors = torch.zeros_like(vectors)
+    (q, k), (d_q, d_k) = (x.flatten(1, 2).unbind() for x in (vectors, d_vectors))
     by_groups = (len(q), heads // max(1, own_heads), length)
     d_start, d_end = (q.new_zeros(by_groups if needed else 0) for needed in (need_start, need_end))
     if grad.numel() > 0:
@@ -92,11 +95,12 @@ def backward(
             total = sum(sums[1:], start=sums[0])
             d_q[g, r] = torch.bmm(total, k[g, c])
             d_k[g, c].add_(torch.bmm(total.mT, q[g, r]))
-    d_q, d_k = (rotated_back(d.mul_(problem.scale).view(shape), problem) for d in (d_q, d_k))
+    d_q, d_k = turned_back(d_vectors, problem).to(dtype)
     d_start, d_end = (
         d.view(batch, heads, length) if needed else d for d, needed in ((d_start, need_start), (d_end, need_end))
     )
-    return d_q.to(dtype), d_k.to(dtype), d_start.to(dtype), d_end.to(dtype)
+    # No two of what an op returns are parts of one tensor.
+    return d_q, d_k.clone(), d_start.to(dtype), d_end.to(dtype)
 
 
 def _tiles(by_group: torch.Tensor, q: torch.Tensor, problem: Problem, corner_of: CornerOf) -> Iterator[Tile]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from . import zlpr_loss
+from ._tiles import computing_dtype, one_tile, small_on_one_thread
 
 
 def labelled(
@@ -24,6 +25,7 @@ def labelled(
     return zlpr_loss.Cells(scores, read, True, mask)
 
 
+@small_on_one_thread(lambda scores, *_: scores.numel())
 def forward(
     scores: torch.Tensor,
     positives: torch.Tensor,
@@ -33,7 +35,22 @@ def forward(
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``zlpr_loss.forward``, with positives in place of labels."""
+    if one_tile(scores, mask):
+        done = zlpr_loss.forward_plain(scores, _labels(scores, positives, ignore_index), True, grad_scale, with_grad)
+        if done is not None:
+            return done
+        scores, positives = (x.reshape(1, scores.shape[:-1].numel(), x.shape[-1]) for x in (scores, positives))
     return zlpr_loss.sweep(labelled(scores, positives, mask, ignore_index), grad_scale, with_grad)
+
+
+def _labels(scores: torch.Tensor, positives: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """1 where a class is listed, 0 elsewhere: what pads goes into a column behind the last, which is cut off."""
+    padding, classes = positives < 0, scores.shape[-1]
+    if ignore_index >= 0:
+        padding |= positives == ignore_index
+    listed = positives if positives.dtype == torch.int64 else positives.long()
+    labels = scores.new_zeros((*scores.shape[:-1], classes + 1), dtype=computing_dtype(scores.dtype))
+    return labels.scatter_(-1, listed.masked_fill(padding, classes).clamp_(max=classes), 1.0)[..., :-1]
 
 
 def shard_log_sums(

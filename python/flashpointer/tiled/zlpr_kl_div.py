@@ -1,35 +1,20 @@
-"""The symmetric KL divergence of two score vectors: ``kernels/zlpr_kl_div.py`` has the mathematics."""
+"""The symmetric KL divergence of two score vectors: ``kernels/zlpr_kl_div.py`` has the mathematics.
+
+The gradients come of the same sweep as the losses, for what they are made of is in cache then.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ._tiles import column_tiles, computing_dtype, row_tiles
-
-
-def _load(
-    scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None, o: int, rows: slice, columns: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two scores of each cell in the computing dtype; both 0, which adds nothing, where the cell is left out."""
-    dtype = computing_dtype(scores.dtype)
-    s, t = scores[o, rows, columns].to(dtype), other[o, rows, columns].to(dtype)
-    if mask is None and s.device.type == "cpu" and s.numel() > 0 and bool(s.amin() > -torch.inf):
-        return s, t  # on a CPU, which can look: nothing is left out
-    left_out = (s == -torch.inf) & (t == -torch.inf)
-    if mask is not None:
-        left_out |= ~mask[o, rows, columns]
-    return s.masked_fill(left_out, 0.0), t.masked_fill(left_out, 0.0)
+from ._tiles import column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
 
 
 def forward(scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """As ``kernels.zlpr_kl_div.forward``; float64 scores have a float64 divergence."""
-    outer, inner, classes = scores.shape
-    loss = torch.zeros((outer, inner), dtype=computing_dtype(scores.dtype), device=scores.device)
-    for o, rows in row_tiles(outer, inner, classes):
-        for columns in column_tiles(classes):
-            s, t = _load(scores, other, mask, o, rows, columns)
-            loss[o, rows].add_(torch.sigmoid(s).sub_(torch.sigmoid(t)).mul_(s - t).sum(-1))
-    return loss
+    return forward_with_gradients(scores, other, mask, 1.0, False, False)[0]
 
 
 def backward(
@@ -42,22 +27,81 @@ def backward(
     need_other: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``kernels.zlpr_kl_div.backward``."""
+    outer, inner, _ = scores.shape
+    _, *grads = forward_with_gradients(scores, other, mask, 1.0, need_scores, need_other)
+    scale = (upstream * factor).view(outer, inner, 1)
+    of_scores, of_other = (grad.mul_(scale) if grad.dim() == 3 else grad for grad in grads)
+    return of_scores, of_other
+
+
+@small_on_one_thread(lambda scores, *_: scores.numel())
+def forward_with_gradients(
+    scores: torch.Tensor,
+    other: torch.Tensor,
+    mask: torch.Tensor | None,
+    grad_scale: float,
+    need_scores: bool,
+    need_other: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses of rows [outer, inner, C], or [..., C] that are ``one_tile``; and grad_scale times the gradients of
+    their sum, empty where not needed."""
+    grads = [
+        torch.empty(x.shape if needed else 0, dtype=x.dtype, device=x.device)
+        for x, needed in ((scores, need_scores), (other, need_other))
+    ]
+    if one_tile(scores, mask):
+        losses = _tile(scores, other, None, grad_scale, grads)
+        return losses, grads[0], grads[1]
     outer, inner, classes = scores.shape
-    grad_scores = torch.empty(scores.shape if need_scores else 0, dtype=scores.dtype, device=scores.device)
-    grad_other = torch.empty(other.shape if need_other else 0, dtype=other.dtype, device=other.device)
-    scale = upstream.view(outer, inner, 1)
+    losses = torch.zeros((outer, inner), dtype=computing_dtype(scores.dtype), device=scores.device)
+    work: list[torch.Tensor] = []
     for o, rows in row_tiles(outer, inner, classes):
-        g = scale[o, rows].to(computing_dtype(scores.dtype)) * factor
         for columns in column_tiles(classes):
-            s, t = _load(scores, other, mask, o, rows, columns)
-            f_s, f_t = torch.sigmoid(s), torch.sigmoid(t)
-            distance, gap = (s - t).mul_(g), (f_s - f_t).mul_(g)
-            if need_scores:
-                slope = f_s.addcmul_(f_s, f_s, value=-1)  # f - f * f
-                torch.addcmul(gap, slope, distance, out=slope)
-                grad_scores[o, rows, columns] = slope
-            if need_other:
-                slope = f_t.addcmul_(f_t, f_t, value=-1)
-                torch.addcmul(gap, slope, distance, out=slope)
-                grad_other[o, rows, columns] = slope.neg_()
-    return grad_scores, grad_other
+            of_tile = [x[o, rows, columns] if x.dim() == 3 else x for x in (scores, other, *grads)]
+            left_in = None if mask is None else mask[o, rows, columns]
+            losses[o, rows].add_(_tile(of_tile[0], of_tile[1], left_in, grad_scale, of_tile[2:], work))
+    return losses, grads[0], grads[1]
+
+
+def _tile(
+    s: torch.Tensor,
+    t: torch.Tensor,
+    left_in: torch.Tensor | None,
+    grad_scale: float,
+    grads: list[torch.Tensor],
+    work: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The losses of a tile [..., C]; its gradients, but for those that are empty, are written. ``work`` is a list of
+    buffers, for tile after tile."""
+    s, t, of_s, of_t = computing(s), computing(t), *grads
+    work = [] if work is None else work
+    if not work or work[0].shape != s.shape:
+        work[:] = s.new_empty((5, *s.shape)).unbind()
+    f_s, f_t, distance, gap, product = work
+    if left_in is not None or s.device.type != "cpu":
+        s, t = _cleared(s, t, left_in)
+    torch.sub(s, t, out=distance)
+    torch.sub(torch.sigmoid(s, out=f_s), torch.sigmoid(t, out=f_t), out=gap)
+    losses = torch.mul(gap, distance, out=product).sum(-1)
+    if left_in is None and s.device.type == "cpu" and not math.isfinite(losses.sum()):  # -inf - -inf is NaN
+        return _tile(s, t, torch.ones_like(s, dtype=torch.bool), grad_scale, grads, work)
+    if grad_scale != 1.0 and (of_s.numel() or of_t.numel()):
+        gap.mul_(grad_scale)
+    for sign, f, out in ((1, f_s, of_s), (-1, f_t, of_t)):
+        if out.numel():
+            slope = f.addcmul_(f, f, value=-1)  # f - f * f
+            of_tile = out if out.dtype == slope.dtype else slope
+            torch.addcmul(gap, slope, distance, value=grad_scale, out=of_tile)
+            if sign < 0:
+                of_tile.neg_()
+            if of_tile is not out:
+                out.copy_(of_tile)
+    return losses
+
+
+def _cleared(s: torch.Tensor, t: torch.Tensor, left_in: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both 0, which adds nothing, where a cell is left out."""
+    left_out = (s == -torch.inf) & (t == -torch.inf)
+    if left_in is not None:
+        left_out |= ~left_in
+    return s.masked_fill(left_out, 0.0), t.masked_fill(left_out, 0.0)

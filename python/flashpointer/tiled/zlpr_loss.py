@@ -1,8 +1,8 @@
 """The ZLPR loss of each row, and its gradient in the same pass: ``kernels/zlpr_loss.py`` has the mathematics.
 
-Where every score of a tile lies within +-60 (the rule on a CPU, which can look), no pivot is needed, and so no
-logarithm of a label: exp overflows nowhere, exp(-s) is 1 / exp(s), and whatever underflows is nothing beside the 1
-inside the logarithm.
+Where no score is far from 0 no pivot is needed, and so no logarithm of a label: exp overflows nowhere, exp(-s) is
+1 / exp(s), and whatever underflows is nothing beside the 1 inside the logarithm. A CPU can look whether it was so, at
+the losses of whole rows, and at the scores of parts of rows. Labels are copied as uint8, in a ninth of bool's time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..problem import log_one_plus
-from ._tiles import column_tiles, computing_dtype, row_tiles
+from ._tiles import column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
 
 SAFE = 60.0
 
@@ -37,28 +37,37 @@ class Cells:
         self, scores: torch.Tensor, read_labels: LabelReader, labels_surely_valid: bool, mask: torch.Tensor | None
     ) -> None:
         self.scores, self.mask, self.dtype = scores, mask, computing_dtype(scores.dtype)
-        self._read_labels, self._labels_surely_valid = read_labels, labels_surely_valid
+        self.labels_surely_valid, self._read_labels = labels_surely_valid, read_labels
         self._work: list[torch.Tensor] = []
 
-    def terms(self, o: int, rows: slice, columns: slice) -> Terms:
-        """Of a tile, in memory that the next one takes."""
+    def read(self, o: int, rows: slice, columns: slice) -> tuple[torch.Tensor, ...]:
+        """The scores and the labels of a tile, and two more buffers, side by side and each: in memory that the next
+        tile takes."""
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         if not self._work or self._work[0].shape != shape:
-            self._work = [torch.empty(shape, dtype=self.dtype, device=self.scores.device) for _ in range(3)]
-        p, n, u = self._work
-        self._read_labels(o, rows, columns, p)
+            both = self.scores.new_empty((2, *shape), dtype=self.dtype)
+            self._work = [self.scores.new_empty(shape, dtype=self.dtype), both, *both.unbind()]
+        self._read_labels(o, rows, columns, self._work[0])
+        return computing(self.scores[o, rows, columns]), *self._work
+
+    def terms(self, o: int, rows: slice, columns: slice) -> Terms:
+        s, p, _, n, u = self.read(o, rows, columns)
         left_out = None if self.mask is None else ~self.mask[o, rows, columns]
-        s = self.scores[o, rows, columns].to(self.dtype)
-        return tile_terms(s, p, n, u, left_out, self._labels_surely_valid)
+        return tile_terms(s, p, n, u, left_out, self.labels_surely_valid)
 
 
 def labelled(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None) -> Cells:
     def read(o: int, rows: slice, columns: slice, out: torch.Tensor) -> None:
-        out.copy_(labels[o, rows, columns])
+        out.copy_(_countable(labels)[o, rows, columns])
 
     return Cells(scores, read, labels.dtype == torch.bool, mask)
 
 
+def _countable(labels: torch.Tensor) -> torch.Tensor:
+    return labels.view(torch.uint8) if labels.dtype == torch.bool else labels
+
+
+@small_on_one_thread(lambda scores, *_: scores.numel())
 def forward(
     scores: torch.Tensor,
     labels: torch.Tensor,
@@ -66,8 +75,63 @@ def forward(
     grad_scale: float,
     with_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``kernels.zlpr_loss.forward``; float64 scores have a float64 loss."""
+    """As ``kernels.zlpr_loss.forward``, and of scores [..., C] that are ``one_tile``; float64 scores have a float64
+    loss."""
+    hard = labels.dtype == torch.bool
+    if one_tile(scores, mask):
+        done = forward_plain(
+            scores, _countable(labels).to(computing_dtype(scores.dtype), copy=True), hard, grad_scale, with_grad
+        )
+        if done is not None:
+            return done
+        scores, labels = (x.reshape(1, -1, x.shape[-1]) for x in (scores, labels))
     return sweep(labelled(scores, labels, mask), grad_scale, with_grad)
+
+
+def forward_plain(
+    scores: torch.Tensor, p: torch.Tensor, hard: bool, grad_scale: float, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Loss and gradient of one tile of scores [..., C] and labels in the computing dtype, if ``plain_rows`` will do."""
+    s = computing(scores)
+    plain = plain_rows(s, p, s.new_empty((2, *s.shape)), hard)
+    if plain is None:
+        return None
+    grad = plain.gradient(grad_scale) if with_grad else s.new_empty(0)
+    return plain.losses, grad if grad.dtype == scores.dtype else grad.to(scores.dtype)
+
+
+class Plain(NamedTuple):
+    """Exponentials without pivots: of whole rows, of which none is far from 0."""
+
+    e: torch.Tensor  # [2, ..., C]
+    e_n: torch.Tensor  # the first of it, (1 - t) exp(s)
+    e_p: torch.Tensor  # the second, t exp(-s)
+    sums: torch.Tensor  # [2, ..., 1]
+    losses: torch.Tensor  # [...]
+
+    def gradient(self, grad_scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Spends them."""
+        ones = 1.0 / grad_scale
+        self.e.div_(torch.rsub(self.sums, ones, alpha=-ones))  # by (1 + sum) / grad_scale
+        return torch.sub(self.e_n, self.e_p, out=out)
+
+
+def plain_rows(s: torch.Tensor, p: torch.Tensor, e: torch.Tensor, hard: bool) -> Plain | None:
+    """Of scores ``s`` and labels ``p``, which are spent; e is filled. None where the losses say that a score was far
+    from 0, or where a label, if they are not surely ``hard``, is none."""
+    # A hard label far from 0 makes a large loss; a soft one may be as small as its exponential.
+    if not hard and not (_within(p, 0.0, 1.0) and _within(s, -SAFE, SAFE)):
+        return None
+    e_n, e_p = e.unbind()
+    torch.exp(s, out=e_n)
+    torch.div(p, e_n, out=e_p)
+    if hard:
+        e_n.addcmul_(p, e_n, value=-1)
+    else:
+        e_n.mul_(torch.sub(1.0, p, out=p))
+    sums = e.sum(-1, keepdim=True)
+    losses = sums.log1p().sum((0, -1))
+    return Plain(e, e_n, e_p, sums, losses) if float(losses.amax()) <= SAFE else None  # which NaN is not
 
 
 def sweep(cells: Cells, grad_scale: float, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,6 +143,16 @@ def sweep(cells: Cells, grad_scale: float, with_grad: bool) -> tuple[torch.Tenso
     if not columns:
         return loss, grad
     for o, rows in row_tiles(outer, inner, classes):
+        if cells.mask is None and len(columns) == 1 and cells.scores.device.type == "cpu":
+            s, p, e, *_ = cells.read(o, rows, columns[0])
+            plain = plain_rows(s, p, e, cells.labels_surely_valid)
+            if plain is not None:
+                loss[o, rows] = plain.losses
+                if with_grad and grad.dtype == cells.dtype:
+                    plain.gradient(grad_scale, out=grad[o, rows])
+                elif with_grad:
+                    grad[o, rows] = plain.gradient(grad_scale)
+                continue
         tile: Terms | None = None
         log_n, log_p = LogSum(), LogSum()
         for cols in columns:
