@@ -77,7 +77,6 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``kernels.zlpr_loss.forward``, and of scores [..., C] that are ``one_tile``; float64 scores have a float64
     loss."""
-    hard = labels.dtype == torch.bool
     if one_tile(scores, mask):
         done = forward_plain(
             scores, _countable(labels).to(computing_dtype(scores.dtype), copy=True), hard, grad_scale, with_grad
