@@ -78,9 +78,8 @@ def forward(
     """As ``kernels.zlpr_loss.forward``, and of scores [..., C] that are ``one_tile``; float64 scores have a float64
     loss."""
     if one_tile(scores, mask):
-        done = forward_plain(
-            scores, _countable(labels).to(computing_dtype(scores.dtype), copy=True), hard, grad_scale, with_grad
-        )
+        p = _countable(labels).to(computing_dtype(scores.dtype), copy=True)
+        done = forward_plain(scores, p, labels.dtype == torch.bool, grad_scale, with_grad)
         if done is not None:
             return done
         scores, labels = (x.reshape(1, -1, x.shape[-1]) for x in (scores, labels))
