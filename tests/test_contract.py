@@ -200,7 +200,7 @@ def test_offsets_beyond_32_bits(place: Place, case: str, dim: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would touch all pages
     (op, names), near = op_of(case), any_problem(case, torch.float16, place.device)
     far = {name: _spread(x, dim) for name, x in near.items()}
-    assert all(far[name].stride(dim) > 2**28 for name in names)
+    assert any(far[name].dim() > dim and far[name].stride(dim) > 2**27 for name in names)
     values = []
     for inputs in (near, far):
         leaves = [inputs[name].requires_grad_() for name in names]

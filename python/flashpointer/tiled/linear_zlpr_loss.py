@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..problem import Listed, LogSums
-from ._tiles import computing_dtype
+from ._tiles import computing_dtype, small_on_one_thread
 
 CELLS = 1 << 17  # to a tile of scores: the products lose a tenth with half of them
 HEIGHT = 256  # rows to a block, at most
@@ -133,6 +133,12 @@ class Sweep:
         return of
 
 
+def _work(hidden: torch.Tensor, weight: torch.Tensor, *_: object) -> int:
+    """In cells of other ops: a product with 64 numbers is about as much as the exponentials of one."""
+    return len(hidden) * len(weight) * max(1, hidden.shape[1] // 64)
+
+
+@small_on_one_thread(_work)
 def forward(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed, keep: bool
 ) -> tuple[LogSums, torch.Tensor, torch.Tensor]:
@@ -186,6 +192,7 @@ def _sums(x: torch.Tensor, listed: Listed, rows: int) -> tuple[torch.Tensor, tor
     return m, torch.exp(by_row - m.unsqueeze(1)).sum(1)
 
 
+@small_on_one_thread(_work)
 def backward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
