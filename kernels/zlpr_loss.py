@@ -526,8 +526,18 @@ def shard_gradient(
     loss = torch.empty(rows, dtype=torch.float32, device=scores.device)  # once more, for nobody
     with torch.cuda.device_of(scores):
         zlpr_merge_kernel[(rows, splits)](
-            scores, labels, mask, sums.t().contiguous(), loss, grad, inner, classes, chunk, 1, grad_scale,
+            scores, labels, mask, _own_pivots(sums), loss, grad, inner, classes, chunk, 1, grad_scale,
             *strides(scores, labels, mask),
             LABELS=kind, WITH_GRAD=True, SPLITS=1, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
     return grad
+
+
+def _own_pivots(sums: torch.Tensor) -> torch.Tensor:
+    """The sums [4, rows] as partials [rows, 4]. A pivot of 0 above a sum below 1 becomes the logarithm of that sum: far
+    below 0 an exponential loses digits with its distance from the pivot."""
+    m, S = sums[::2], sums[1::2]
+    least = S.clamp(min=torch.finfo(S.dtype).tiny)
+    low = (m == 0.0) & (S < 1.0)
+    pairs = torch.where(low, least.log(), m), torch.where(low, S / least, S)
+    return torch.stack(pairs, dim=-1).transpose(0, 1).reshape(-1, 4)

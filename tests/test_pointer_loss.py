@@ -562,6 +562,8 @@ def test_a_loss_scaler_steps(place: Place) -> None:
 @pytest.mark.parametrize("form", ["flat", "padded"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 def test_opcheck(place: Place, shared: bool, form: str) -> None:
+    if place.small and shared == (form == "padded"):
+        pytest.skip("interpreted, a pair with each kind of heads and of spans is enough")
     inputs = problem((2, 3, 9, 8), shared, device=place.device)
     if form == "padded":
         inputs["spans"] = padded(inputs["spans"], 2)
@@ -569,7 +571,7 @@ def test_opcheck(place: Place, shared: bool, form: str) -> None:
     labels, mask = torch.rand(inputs["spans"].shape[:-1], device=place.device), holes(2, 9, place.device)
     rest = (inputs["spans"], labels, mask, None, True, True, 4, 0.3, 3)
     ops = torch.ops.flashpointer
-    for reduction in ("none", "mean"):
+    for reduction in ("none", "mean")[: 1 if place.small else 2]:
         torch.library.opcheck(ops.pointer_loss.default, (*values, *rest, reduction, place.backend))
     if place.backend == "tiled":
         torch.library.opcheck(ops.pointer_loss_with_gradient.default, (*values, *rest, "mean"))
