@@ -210,6 +210,21 @@ def test_duplicates_order_and_padding_do_not_matter(place: Place) -> None:
         assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("soft", [False, True])
+def test_indices_of_a_dtype_too_small_for_all_classes(integer: torch.dtype, soft: bool) -> None:
+    """Or for ignore_index: 255 stands for no -1, and 100 for no 2^16 + 100."""
+    inputs = {**layer(2, 1, 70_000), "positive_labels": torch.rand(2, 2) if soft else None}
+    lists = torch.tensor([[255, 100], [7, 9]]).clamp(max=torch.iinfo(integer).max)
+    few = {"weight": inputs["weight"][:100], "bias": inputs["bias"][:100]}
+    for pad in (-1, 2**16 + 100, 2**32 + 100):
+        inputs["ignore_index"] = pad
+        narrow, wide = ({**inputs, "positives": x} for x in (lists.to(integer), lists))
+        assert torch.equal(fp.linear_zlpr_loss(**narrow), fp.linear_zlpr_loss(**wide))
+        with pytest.raises(ValueError, match=r"positives takes class indices below 100, .*; got "):
+            fp.linear_zlpr_loss(**{**narrow, **few})
+
+
 def test_of_a_class_listed_twice_the_first_label_counts(place: Place) -> None:
     inputs = layer(1, 5, 100, device=place.device)
     lists, labels = torch.tensor([[3, -1, 3, 9]]), torch.tensor([[0.25, 9.0, 0.75, 1.0]])

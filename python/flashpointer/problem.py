@@ -62,10 +62,11 @@ class Listed(NamedTuple):
 def listed_cells(
     positives: torch.Tensor, labels: torch.Tensor | None, ignore_index: int, first: int, classes: int
 ) -> Listed:
-    """The cells that lists [R, P] name among the classes from ``first`` on; of one listed twice the first counts."""
+    """The cells that lists [R, P] of int64 name among the classes from ``first`` on; of one listed twice the first
+    counts."""
     height = max(1, positives.shape[0])
     rows = torch.arange(positives.shape[0], device=positives.device).unsqueeze(1)
-    local = positives.long() - first
+    local = positives - first
     here = (local >= 0) & (local < classes) & (positives != ignore_index)
     cells, order = (torch.where(here, local, classes) * height + rows).flatten().sort(stable=True)
     again = torch.zeros_like(cells, dtype=torch.bool)
