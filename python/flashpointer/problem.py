@@ -33,6 +33,15 @@ class LogSums(NamedTuple):
     S_p: torch.Tensor
 
 
+def positive_sums(x: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """m_p and S_p of ``count`` rows, of the exponents x [n] of listed cells: each row has as many, perhaps none."""
+    if len(x) == 0:
+        return x.new_zeros(count), x.new_zeros(count)
+    by_row = x[rows.argsort(stable=True)].view(count, -1)
+    m = by_row.amax(1).clamp_(0.0, torch.finfo(x.dtype).max)
+    return m, by_row.sub_(m.unsqueeze(1)).exp_().sum(1)
+
+
 def log_one_plus(m: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
     """log(1 + S * exp(m)) of m >= 0, where S >= 1 if m > 0; to full precision where it is small."""
     return m + torch.log1p(S + torch.expm1(-m))

@@ -114,6 +114,13 @@ def check_indices(op: str, positives: torch.Tensor, ignore_index: int, classes: 
         refuse(op, "positives", takes, positives, (positives >= classes) & (positives != ignore_index))
 
 
+def wrong_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Where they are neither in [0, 1] nor -100."""
+    if labels.dtype == torch.uint8:  # for which 156 is -100
+        return labels > 1
+    return ~(((labels >= 0) & (labels <= 1)) | (labels == -100))
+
+
 def refuse(op: str, name: str, takes: str, values: torch.Tensor, wrong: torch.Tensor) -> None:
     """Raises ValueError for the first of the values that is wrong, if one is."""
     if wrong.any():

@@ -39,7 +39,7 @@ def linear_topk(
     """The k best classes of each row by ``hidden @ weight.T + bias``, and their scores.
 
     The scores of all classes are not stored: a tile of them at a time, and of each row the best so far. What is given
-    in float16 or bfloat16 is multiplied and summed in float32, whatever autocast says. On a GPU nothing waits for it.
+    in float16 or bfloat16 is multiplied and summed in float32, whatever autocast says. A GPU is not waited for.
 
     Tensors may be DTensors that are sharded by rows or by classes: docs/distributed.md.
 

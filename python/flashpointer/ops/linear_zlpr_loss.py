@@ -49,7 +49,7 @@ def linear_zlpr_loss(
         hidden: ``[..., D]``, float16, bfloat16, float32 or float64: one row for each leading index.
         weight: ``[C, D]``, in the dtype of hidden; under autocast both are cast, as those of a linear layer are.
         positives: integer, ``[..., P]`` with the leading shape of hidden: class indices in any order, padded with any
-            negative index or with ``ignore_index``. Of a class listed twice in a row the first counts.
+            negative index or with ``ignore_index``. Of a class that a row lists twice the first counts.
         bias: ``[C]``, in the dtype of hidden. One of -inf takes its class out of both terms.
         positive_labels: floating-point, of the shape of positives, in [0, 1]: the labels t of the listed classes, 1 by
             default; -100 leaves a cell out of both terms. No gradient.
@@ -148,8 +148,7 @@ def _check_values(positives: torch.Tensor, labels: torch.Tensor | None, ignore_i
 
 
 def _wrong_labels(positives: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    wrong = ~(((labels >= 0) & (labels <= 1)) | (labels == -100))
-    return wrong & (positives >= 0) & (positives != ignore_index)
+    return _checks.wrong_labels(labels) & (positives >= 0) & (positives != ignore_index)
 
 
 # --- registration --------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def _check_values(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     least, most = torch.aminmax(labels)
     if least >= 0 and most <= 1:
         return
-    wrong = ~(((labels >= 0) & (labels <= 1)) | (labels == -100))
+    wrong = _checks.wrong_labels(labels)
     if mask is not None:
         wrong &= mask
     _checks.refuse(OP, "labels", "0 to 1, or -100 for a cell to leave out", labels, wrong)
