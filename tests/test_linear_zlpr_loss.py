@@ -317,6 +317,20 @@ def test_three_products_and_no_more(tiles: int) -> None:
     assert products(layer(8, 7, 64), LAYER) == (3, 4)
 
 
+def test_a_default_device_is_no_mode() -> None:
+    """PyTorch has it as one. Under another one than that of the tensors too."""
+    inputs = layer(6, 7, 85)
+    expected, blocks = gradients(inputs), []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            assert products(inputs, LAYER) == (1, 2)
+            assert all(map(torch.equal, gradients(inputs), expected))
+            run(
+                fp.linear_zlpr_loss, {**inputs, "weight_grad": lambda _, gradient: blocks.append(gradient)}, ("hidden",)
+            )
+    assert len(blocks) == 2
+
+
 @pytest.mark.parametrize("of, size", [(torch.float32, 7), (torch.bfloat16, 6), (torch.bfloat16, 7)])
 def test_what_forward_kept_is_where_the_gradient_comes_to_lie(of: torch.dtype, size: int) -> None:
     inputs = layer(4, size, 200, dtype=of)

@@ -108,8 +108,8 @@ def check_indices(op: str, positives: torch.Tensor, ignore_index: int, classes: 
     wait, on demand."""
     if positives.numel() == 0 or not can_look(positives):
         return
-    positives = positives.long()  # the dtype of indices may be too small for their number, or for ignore_index
-    if positives.max() >= classes:
+    if int(positives.max()) >= classes:
+        positives = positives.long()  # their dtype may be too small for the number of classes, or for ignore_index
         takes = f"class indices below {classes}, the classes of {of}, or negative ones for padding"
         refuse(op, "positives", takes, positives, (positives >= classes) & (positives != ignore_index))
 
