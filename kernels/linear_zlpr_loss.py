@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashpointer.problem import Listed, LogSums
+from flashpointer.problem import Listed, LogSums, positive_sums
 
 from .cells import all_registers, constant, float32_precision, strides
 from .rows import FLOAT_MAX, LOG2_E, exp
@@ -153,13 +153,13 @@ def store_exponentials(out, e, corner, kept, block, tile):
 
 @triton.jit
 def exponentials_kernel(
-    hidden, weight, bias, listed_rows, listed_classes, labels, bounds, scales, out, pivots, sums,
+    hidden, weight, bias, listed_rows, listed_classes, labels, bounds, l_n, out, pivots, sums,
     rows, classes, size, first_row, stop_row, first_class, kept, before, block,
     stride_hn, stride_hd, stride_wn, stride_wd, stride_b,
     tile: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows first_row..stop_row to a program, from first_class on. Forward: pivots and sums, [tiles, these
-    rows]. Backward, with ``scales`` l_n [R] for pivots, none of these. Of the ``kept`` first rows E: of a block, or of
+    rows]. Backward, with l_n [R] for pivots, none of these. Of the ``kept`` first rows E: of a block, or of
     all, which then for each class before it have ``before`` elements."""
     of_rows = tl.cdiv(stop_row - first_row, tile.BM)
     m_first = first_row + tl.program_id(0) % of_rows * tile.BM
@@ -170,12 +170,12 @@ def exponentials_kernel(
     s = scores_of(of_hidden, Matrix(weight, stride_wn, stride_wd, classes, size), bias, stride_b, corner, tile)
     s = weigh(s, Cells(listed_rows, listed_classes, labels, bounds), corner, tile)
     m = m_first + tl.arange(0, tile.BM)
-    if scales is None:
+    if l_n is None:
         p = tl.minimum(tl.maximum(tl.max(s, axis=1), -FLOAT_MAX), FLOAT_MAX)  # [BM]: no inf - inf
     else:
-        p = tl.load(scales + m, mask=m < stop_row, other=0.0)
+        p = tl.load(l_n + m, mask=m < stop_row, other=0.0)
     e = tl.exp2((s - p[:, None]) * LOG2_E + tile.LIFT)
-    if scales is None:
+    if l_n is None:
         at = tile_n * (stop_row - first_row) + m - first_row
         tl.store(pivots + at, p, mask=m < stop_row)
         tl.store(sums + at, tl.sum(e, axis=1) * 2.0**-tile.LIFT, mask=m < stop_row)
@@ -238,14 +238,14 @@ def put_kernel(
 
 
 @triton.jit
-def rescale_kernel(kept, pivots, scales, out, rows, width, BM: tl.constexpr, BN: tl.constexpr):
+def rescale_kernel(kept, pivots, l_n, out, rows, width, BM: tl.constexpr, BN: tl.constexpr):
     """A block [rows, width] of E, from under pivots [tiles, rows] under l_n [rows]: BM rows of BN classes."""
     of_rows = tl.cdiv(rows, BM)
     m = (tl.program_id(0) % of_rows * BM + tl.arange(0, BM)).to(tl.int64)
     tile_n = tl.program_id(0) // of_rows
     n = tile_n * BN + tl.arange(0, BN)
     p = tl.load(pivots + tile_n.to(tl.int64) * rows + m, mask=m < rows, other=0.0)
-    factor = exp(p - tl.load(scales + m, mask=m < rows, other=0.0), True)
+    factor = exp(p - tl.load(l_n + m, mask=m < rows, other=0.0), True)
     at = (m * width)[:, None] + n[None, :]
     inside = (m < rows)[:, None] & (n < width)[None, :]
     e = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
@@ -339,16 +339,16 @@ def launch_exponentials(
     problem: Problem,
     rows: range,
     classes: range,
-    kept: tuple[torch.Tensor | None, int, int],
-    scales: torch.Tensor | None = None,
+    store: tuple[torch.Tensor | None, int, int],
+    l_n: torch.Tensor | None = None,
     partials: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
-    """See exponentials_kernel; ``kept`` are its out, kept, before."""
+    """See exponentials_kernel; ``store`` are its out, kept, before."""
     hidden, weight, bias, cells, _, bounds, rule, tile = problem
     tiles = -(-len(rows) // rule.bm) * -(-len(classes) // rule.bn)
     exponentials_kernel[(tiles,)](
-        hidden, weight, bias, *cells, bounds, scales, kept[0], *partials,
-        len(hidden), len(weight), hidden.shape[1], rows.start, rows.stop, classes.start, *kept[1:], problem.block,
+        hidden, weight, bias, *cells, bounds, l_n, store[0], *partials,
+        len(hidden), len(weight), hidden.shape[1], rows.start, rows.stop, classes.start, *store[1:], problem.block,
         *hidden.stride(), *weight.stride(), *strides(bias, 1), tile,
         num_warps=rule.num_warps, **all_registers(),
     )  # fmt: skip
@@ -370,8 +370,8 @@ def forward(
         edges = sorted({*range(0, rows, height), kept_rows, rows})
         for first, stop in pairwise(edges if classes > 0 else []):
             pivots, partials = (x.new_empty((tiles, stop - first)) for _ in range(2))
-            of_kept = (kept if stop <= kept_rows else None, kept_rows, kept_rows)
-            launch_exponentials(problem, range(first, stop), range(classes), of_kept, None, (pivots, partials))
+            store = (kept if stop <= kept_rows else None, kept_rows, kept_rows)
+            launch_exponentials(problem, range(first, stop), range(classes), store, None, (pivots, partials))
             if stop <= kept_rows:
                 problem.pivots(kept)[:, first:stop] = pivots
             m[first:stop] = pivots.amax(0).clamp_(min=0)
@@ -385,34 +385,25 @@ def forward(
     return LogSums(m, S, *positive_sums(x, listed.rows, rows)), x, kept
 
 
-def positive_sums(x: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """m_p, S_p: each row has as many listed cells, which may be none."""
-    if len(x) == 0:
-        return x.new_zeros(count), x.new_zeros(count)
-    x = x[rows.sort(stable=True).indices].view(count, -1)
-    m = x.amax(1).clamp_(0, FLOAT_MAX.value)
-    return m, (x - m[:, None]).exp_().sum(1)
-
-
 # --- backward ------------------------------------------------------------------------------------------------------
 
 
 class Scales(NamedTuple):
     """How G is scaled."""
 
-    pivots: torch.Tensor  # [R]: l_n, as far as float32 tells
+    l_n: torch.Tensor  # [R], as far as float32 tells
     factors: torch.Tensor  # [R]: c, in units of G
     positives: torch.Tensor  # [n]: what is taken from G at the cells, in their order
 
 
 def scales_of(problem: Problem, x: torch.Tensor, sums: LogSums, upstream: torch.Tensor) -> Scales:
     one_n, one_p = torch.exp(-sums.m_n) + sums.S_n, torch.exp(-sums.m_p) + sums.S_p  # at least 1
-    pivots = sums.m_n + torch.log(one_n)
-    unit = one_n * torch.exp(sums.m_n - pivots)  # of what the pivots round away
-    unit = torch.where(pivots == torch.inf, 1.0, unit) * 2.0**problem.tile.LIFT.value
+    l_n = sums.m_n + torch.log(one_n)
+    unit = one_n * torch.exp(sums.m_n - l_n)  # of what l_n rounds away
+    unit = torch.where(l_n == torch.inf, 1.0, unit) * 2.0**problem.tile.LIFT.value
     x, rows = x[problem.order], problem.cells.rows
     positives = torch.exp(x - sums.m_p[rows]) * (unit / one_p)[rows]
-    return Scales(pivots, upstream.float() / unit, positives)
+    return Scales(l_n, upstream.float() / unit, positives)
 
 
 def fill_block(
@@ -424,10 +415,10 @@ def fill_block(
     if kept_rows > 0:
         e = kept.view(-1)[classes.start * kept_rows : classes.stop * kept_rows]
         rescale_kernel[(-(-kept_rows // 32) * tiles,)](
-            e, pivots[classes.start // rule.bn :], scales.pivots, g, kept_rows, width, BM=32, BN=rule.bn, num_warps=4
+            e, pivots[classes.start // rule.bn :], scales.l_n, g, kept_rows, width, BM=32, BN=rule.bn, num_warps=4
         )
     if kept_rows < rows:
-        launch_exponentials(problem, range(kept_rows, rows), classes, (g, rows, 0), scales.pivots)
+        launch_exponentials(problem, range(kept_rows, rows), classes, (g, rows, 0), scales.l_n)
     if len(cells.rows) > 0:
         put_kernel[(tiles,)](
             g, cells.rows, cells.classes, scales.positives, problem.bounds, classes.start, width, -(-rows // rule.bm),

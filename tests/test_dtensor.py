@@ -136,6 +136,14 @@ def test_a_layer_and_its_loss(rank: int, ranks: int) -> None:
         assert [grad.placements[0] for grad in grads] == list(of_grads)
         for ours, truth in zip((loss, *grads), expected, strict=True):
             assert relative_error(ours.full_tensor(), truth) < 1e-6
+        blocks: list[Any] = []
+        taken: dict[str, Any] = {**shards, "weight_grad": lambda _, gradient, blocks=blocks: blocks.append(gradient)}
+        if placements is by_row:  # of whose gradient each rank has a part
+            with pytest.raises(ValueError, match=r"weight_grad takes None where hidden is sharded by rows.*got func"):
+                fp.linear_zlpr_loss(**taken)
+        else:
+            fp.linear_zlpr_loss(**taken).backward()
+            assert relative_error(torch.cat(blocks), grads[1].to_local()) < 1e-6
 
 
 @in_ranks(*COUNTS)

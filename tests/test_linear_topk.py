@@ -103,6 +103,8 @@ def test_infinities_zeros_and_nans(kind: torch.dtype, narrow: None) -> None:
             torch.testing.assert_close(scores, values, rtol=0, atol=0, equal_nan=True)
     above = fp.linear_topk(hidden, weight, bias, k=300, threshold=-torch.inf)
     assert not above.scores.isnan().any()
+    assert (above.scores[:, 1:] <= above.scores[:, :-1]).all()  # what is left out stands behind
+    assert (above.classes[:, 1:] >= 0).le(above.classes[:, :-1] >= 0).all()
     assert (above.classes >= 0).sum() == 3 * (bias > -torch.inf).sum()
 
 
@@ -289,7 +291,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"group": "world"},
         "group takes a torch.distributed.ProcessGroup that this rank is in, or None",
     ),
-    "a shard of none": ({"first_class": 5}, "first_class takes None without a group; got int 5"),
+    "a shard of none": ({"first_class": 5}, "first_class takes None where group is None; got int 5"),
     "NaN": ({"threshold": float("nan")}, "threshold takes a number, or None; got float nan"),
 }
 

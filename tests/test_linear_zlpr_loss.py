@@ -210,6 +210,21 @@ def test_duplicates_order_and_padding_do_not_matter(place: Place) -> None:
         assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("soft", [False, True])
+def test_indices_of_a_dtype_too_small_for_all_classes(integer: torch.dtype, soft: bool) -> None:
+    """Or for ignore_index: 255 stands for no -1, and 100 for no 2^16 + 100."""
+    inputs = {**layer(2, 1, 70_000), "positive_labels": torch.rand(2, 2) if soft else None}
+    lists = torch.tensor([[255, 100], [7, 9]]).clamp(max=torch.iinfo(integer).max)
+    few = {"weight": inputs["weight"][:100], "bias": inputs["bias"][:100]}
+    for pad in (-1, 2**16 + 100, 2**32 + 100):
+        inputs["ignore_index"] = pad
+        narrow, wide = ({**inputs, "positives": x} for x in (lists.to(integer), lists))
+        assert torch.equal(fp.linear_zlpr_loss(**narrow), fp.linear_zlpr_loss(**wide))
+        with pytest.raises(ValueError, match=r"positives takes class indices below 100, .*; got "):
+            fp.linear_zlpr_loss(**{**narrow, **few})
+
+
 def test_of_a_class_listed_twice_the_first_label_counts(place: Place) -> None:
     inputs = layer(1, 5, 100, device=place.device)
     lists, labels = torch.tensor([[3, -1, 3, 9]]), torch.tensor([[0.25, 9.0, 0.75, 1.0]])
@@ -300,6 +315,20 @@ def test_three_products_and_no_more(tiles: int) -> None:
     assert products(inputs, LAYER, weight_grad=lambda first, gradient: None) == (2 * tiles, 2 * tiles)
     # A block of those beyond D rows, twice.
     assert products(layer(8, 7, 64), LAYER) == (3, 4)
+
+
+def test_a_default_device_is_no_mode() -> None:
+    """PyTorch has it as one. Under another one than that of the tensors too."""
+    inputs = layer(6, 7, 85)
+    expected, blocks = gradients(inputs), []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            assert products(inputs, LAYER) == (1, 2)
+            assert all(map(torch.equal, gradients(inputs), expected))
+            run(
+                fp.linear_zlpr_loss, {**inputs, "weight_grad": lambda _, gradient: blocks.append(gradient)}, ("hidden",)
+            )
+    assert len(blocks) == 2
 
 
 @pytest.mark.parametrize("of, size", [(torch.float32, 7), (torch.bfloat16, 6), (torch.bfloat16, 7)])

@@ -227,6 +227,12 @@ def test_other_rows_raise_on_all_ranks(rank: int, ranks: int) -> None:
             ValueError, match=rf"{op}: scores must have the same rows on all ranks .*; got .* of \[4, 3"
         ):
             getattr(fp, op)(scores, given, group=dist.group.WORLD)
+    weight, group = torch.randn(7, 5), dist.group.WORLD
+    for op, options in (("linear_zlpr_loss", {"positives": given}), ("linear_topk", {"k": 2})):
+        with pytest.raises(ValueError, match=rf"{op}: hidden must have the same rows on all ranks .* of \[4, 3"):
+            getattr(fp, op)(scores, weight, **options, group=group)
+    with pytest.raises(ValueError, match=r"linear_topk: k must be the same on all ranks of the group; got \[2, 1"):
+        fp.linear_topk(scores[:3], weight, k=1 + (rank == 0), group=group)
 
 
 @in_ranks(*COUNTS)

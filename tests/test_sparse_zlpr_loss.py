@@ -111,6 +111,18 @@ def test_ignore_index_pads(place: Place) -> None:
         assert torch.equal(fp.sparse_zlpr_loss(scores, lists, ignore_index=pad), expected)
 
 
+@pytest.mark.parametrize("integer", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_indices_of_a_dtype_too_small_for_all_classes(integer: torch.dtype) -> None:
+    """Or for ignore_index: 255 stands for no -1, and 100 for no 2^16 + 100."""
+    scores = torch.randn(2, 70_000)
+    lists = torch.tensor([[255, 100], [7, 9]]).clamp(max=torch.iinfo(integer).max)
+    for pad in (-1, 2**16 + 100, 2**32 + 100):
+        expected = fp.sparse_zlpr_loss(scores, lists, ignore_index=pad)
+        assert torch.equal(fp.sparse_zlpr_loss(scores, lists.to(integer), ignore_index=pad), expected)
+        with pytest.raises(ValueError, match=r"positives takes class indices below 100, .*; got "):
+            fp.sparse_zlpr_loss(scores[:, :100], lists.to(integer), ignore_index=pad)
+
+
 def test_a_strided_list(place: Place) -> None:
     scores = torch.randn(2, 3, 40, device=place.device)
     lists = torch.randint(-5, 40, (6, 3, 2), device=place.device).permute(2, 1, 0)

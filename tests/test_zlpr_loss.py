@@ -299,6 +299,7 @@ SCORES, LABELS = torch.randn(2, 5), torch.zeros(2, 5, dtype=torch.bool)
         ({"labels": LABELS.to("meta")}, ValueError, "labels must be on cpu.*got .*meta"),
         ({"labels": LABELS.float().requires_grad_()}, ValueError, r"labels takes no gradient.*detach\(\)"),
         ({"labels": LABELS + 2}, ValueError, r"labels takes 0 to 1, or -100.*; got 2 at \(0, 0\)"),
+        ({"labels": (LABELS + 156).to(torch.uint8)}, ValueError, r"labels takes 0 to 1, or -100.*; got 15[67] at"),
         ({"labels": LABELS.float() - 0.5}, ValueError, r"labels takes 0 to 1, or -100.*; got -0.5 at \(0, 0\)"),
         ({"labels": LABELS * torch.nan}, ValueError, r"labels takes 0 to 1, or -100.*; got nan at \(0, 0\)"),
         ({"mask": torch.ones(2, 5)}, TypeError, r"mask takes a bool tensor.*mask == 1\).*; got a torch.float32"),

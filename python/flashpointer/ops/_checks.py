@@ -80,14 +80,52 @@ def check_spans(op: str, spans: object, name: str = "spans") -> None:
         raise ValueError(f"{op}: {name} must be an {takes}; got {describe(spans)}")
 
 
-def check_device(op: str, name: str, value: torch.Tensor, scores: torch.Tensor) -> None:
-    if value.device != scores.device:
-        raise ValueError(f"{op}: {name} must be on {scores.device}, where scores is; got {describe(value)}")
+def check_device(op: str, name: str, value: torch.Tensor, first: torch.Tensor, of_first: str = "scores") -> None:
+    if value.device != first.device:
+        raise ValueError(f"{op}: {name} must be on {first.device}, where {of_first} is; got {describe(value)}")
 
 
 def check_no_grad(op: str, name: str, value: torch.Tensor, instead: str) -> None:
     if value.requires_grad:
         raise ValueError(f"{op}: {name} takes no gradient, but got a tensor that requires one; {instead}")
+
+
+def check_lists(op: str, positives: object, ignore_index: object, first: torch.Tensor, of_first: str) -> None:
+    """Raises TypeError or ValueError unless positives are lists [..., P] beside the first tensor, [..., D], and
+    ignore_index can be an index of theirs."""
+    check_tensor(op, "positives", positives, "an integer tensor of class indices [..., P]", INTEGERS)
+    assert isinstance(positives, torch.Tensor)
+    if positives.shape[:-1] != first.shape[:-1] or positives.dim() != first.dim():
+        takes = f"[..., P] with the leading shape of {of_first}, {tuple(first.shape[:-1])}"
+        raise ValueError(f"{op}: positives must be {takes}; got {describe(positives)}")
+    check_device(op, "positives", positives, first, of_first)
+    if not is_int(ignore_index, -(2**63)):
+        raise TypeError(f"{op}: ignore_index takes an int; got {describe(ignore_index)}")
+
+
+def check_indices(op: str, positives: torch.Tensor, ignore_index: int, classes: int, of: str) -> None:
+    """Raises ValueError for an index beyond the last of the classes, those of ``of``; on a GPU, where to look is to
+    wait, on demand."""
+    if positives.numel() == 0 or not can_look(positives):
+        return
+    if int(positives.max()) >= classes:
+        positives = positives.long()  # their dtype may be too small for the number of classes, or for ignore_index
+        takes = f"class indices below {classes}, the classes of {of}, or negative ones for padding"
+        refuse(op, "positives", takes, positives, (positives >= classes) & (positives != ignore_index))
+
+
+def wrong_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Where they are neither in [0, 1] nor -100."""
+    if labels.dtype == torch.uint8:  # for which 156 is -100
+        return labels > 1
+    return ~(((labels >= 0) & (labels <= 1)) | (labels == -100))
+
+
+def refuse(op: str, name: str, takes: str, values: torch.Tensor, wrong: torch.Tensor) -> None:
+    """Raises ValueError for the first of the values that is wrong, if one is."""
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{op}: {name} takes {takes}; got {values[where].item()} at {where}")
 
 
 def check_mask(op: str, mask: object, scores: torch.Tensor) -> torch.Tensor | None:

@@ -129,6 +129,9 @@ def _on_locals(function: Callable[..., Any], kind: Kind, arguments: dict[str, An
     sharded = [_sharded_dim(op, kind, given, dims, i) for i in range(mesh.ndim)]
     if kind.ragged and 0 in sharded and arguments["padded"] is False:
         raise ValueError(f"{op}: padded takes True where {leader} is sharded by sentences, which flat spans count")
+    if arguments.get("weight_grad") is not None and any(isinstance(d, int) for d in sharded):
+        takes = f"None where {leader} is sharded by rows, of whose gradient each rank has a part"
+        raise ValueError(f"{op}: weight_grad takes {takes}; got {_checks.describe(arguments['weight_grad'])}")
     local = {}
     for name, x in given.items():
         # Of the gradient of what all have, each rank has the part that is of its rows. Over classes the op sums it.

@@ -31,12 +31,7 @@ def check(op: str, hidden: object, weight: object, bias: object) -> None:
 def _check_parameter(op: str, name: str, value: object, hidden: torch.Tensor, shape: str) -> None:
     _checks.check_tensor(op, name, value, f"a floating-point tensor {shape}", _checks.FLOATS)
     assert isinstance(value, torch.Tensor)
-    check_device(op, name, value, hidden)
+    _checks.check_device(op, name, value, hidden, "hidden")
     if value.dtype != hidden.dtype and not _checks.in_autocast(hidden):
         takes = f"{hidden.dtype}, as hidden is, or autocast"
         raise ValueError(f"{op}: {name} takes {takes}; got {_checks.describe(value)}")
-
-
-def check_device(op: str, name: str, value: torch.Tensor, hidden: torch.Tensor) -> None:
-    if value.device != hidden.device:
-        raise ValueError(f"{op}: {name} must be on {hidden.device}, where hidden is; got {_checks.describe(value)}")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import DeviceContext
 
 from ..problem import SCHEMA, Problem
 from . import _checks, _pointer
@@ -61,8 +62,11 @@ def _is_plain(arguments: tuple[Any, ...]) -> bool:
     meta device, which the fake serves."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack():
         return False
+    for i in range(torch._C._len_torch_function_stack()):  # where set_default_device is, of whose factories we use none
+        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
+            return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     for x in arguments:  # a loop, and no generator: this runs before and after every call

@@ -21,13 +21,16 @@ from . import _checks
 _collective = torch.ops._c10d_functional  # PyTorch's, by the names of groups
 
 
-def name_of(op: str, group: object) -> str | None:
+def name_of(op: str, group: object, first_class: object = None) -> str | None:
     """The name of a process group of this rank, or None for None.
 
     Raises:
         TypeError: for anything else.
+        ValueError: for a first_class without a group.
     """
     if group is None:
+        if first_class is not None:
+            raise ValueError(f"{op}: first_class takes None where group is None; got {_checks.describe(first_class)}")
         return None
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         takes = "a torch.distributed.ProcessGroup that this rank is in, or None"
@@ -74,14 +77,19 @@ def shard_of(op: str, first_class: object, classes: int, group: dist.ProcessGrou
     return Shard(first, stops[-1])
 
 
-def check_rows(op: str, name: str, rows: int, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Raises ValueError on all ranks unless all have as many rows, where ``shard_of`` would check too: libraries of
-    communication hang or abort."""
+def check_same(op: str, values: dict[str, int], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raises ValueError on all ranks unless all have the same values, where ``shard_of`` would check too: libraries of
+    communication hang or abort. What must be the same is said by the keys, with what was got of each rank to follow."""
     if _may_compare(device):
-        everywhere = gather(torch.tensor([rows], device=device), str(group.group_name)).flatten().tolist()
-        if len(set(everywhere)) > 1:
-            got = _checks.short(everywhere)
-            raise ValueError(f"{op}: {name} must have the same rows on all ranks of the group; got numbers of {got}")
+        here = torch.tensor(list(values.values()), device=device)
+        for must, everywhere in zip(values, gather(here, str(group.group_name)).t().tolist(), strict=True):
+            if len(set(everywhere)) > 1:
+                raise ValueError(f"{op}: {must} {_checks.short(list(map(type(values[must]), everywhere)))}")
+
+
+def rows_of(name: str) -> str:
+    """The key of the number of its rows, for ``check_same``."""
+    return f"{name} must have the same rows on all ranks of the group; got numbers of"
 
 
 def _may_compare(device: torch.device) -> bool:

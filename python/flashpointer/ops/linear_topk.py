@@ -39,7 +39,7 @@ def linear_topk(
     """The k best classes of each row by ``hidden @ weight.T + bias``, and their scores.
 
     The scores of all classes are not stored: a tile of them at a time, and of each row the best so far. What is given
-    in float16 or bfloat16 is multiplied and summed in float32, whatever autocast says. On a GPU nothing waits for it.
+    in float16 or bfloat16 is multiplied and summed in float32, whatever autocast says. A GPU is not waited for.
 
     Tensors may be DTensors that are sharded by rows or by classes: docs/distributed.md.
 
@@ -48,7 +48,7 @@ def linear_topk(
         weight: ``[C, D]``, on the device and, outside of autocast, in the dtype of hidden. C may be 0.
         bias: ``[C]``, likewise.
         k: how many, at least 1.
-        threshold: only classes whose score is above it: 0 is where ``linear_zlpr_loss`` puts it.
+        threshold: only classes whose score is above it, as a NaN is not: 0 is where ``linear_zlpr_loss`` puts it.
         group: a process group over whose ranks the classes are sharded: each has the same hidden and k, and its own
             rows of weight and bias, perhaps none. All ranks get the best of all, with their classes among all.
         first_class: the first class of this rank's shard; rank * C by default, for shards of one size. Checked on a
@@ -68,13 +68,14 @@ def linear_topk(
         raise ValueError(f"{OP}: k takes an int of at least 1; got {_checks.describe(k)}")
     if threshold is not None and not _checks.is_number(threshold):
         raise ValueError(f"{OP}: threshold takes a number, or None; got {_checks.describe(threshold)}")
-    group_name, first = _shards.name_of(OP, group), 0
-    if group is None and first_class is not None:
-        raise ValueError(f"{OP}: first_class takes None without a group; got {_checks.describe(first_class)}")
+    group_name, first = _shards.name_of(OP, group, first_class), 0
     backend = _checks.choose_backend(OP, hidden, weight, bias)
     if backend == "reference":
         _shards.refuse_reference(OP, group)
     elif group is not None:
+        rows = hidden.shape[:-1].numel()
+        same_k = "k must be the same on all ranks of the group; got"
+        _shards.check_same(OP, {_shards.rows_of("hidden"): rows, same_k: k}, group, hidden.device)
         first = _shards.shard_of(OP, first_class, len(weight), group, hidden.device).first
     hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))  # type: ignore[assignment]
     with torch.no_grad(), _checks.without_autocast(hidden):
@@ -84,7 +85,9 @@ def linear_topk(
             scores, classes = _op(hidden, weight, bias, k, group_name, first)
         if threshold is not None:
             above = scores > threshold
-            scores, classes = torch.where(above, scores, -torch.inf), torch.where(above, classes, -1)
+            # Sorted again: a NaN, which stood in front, is not above it.
+            scores, order = torch.where(above, scores, -torch.inf).sort(dim=-1, descending=True, stable=True)
+            classes = torch.where(above, classes, -1).gather(-1, order)
     return TopK(scores, classes)
 
 

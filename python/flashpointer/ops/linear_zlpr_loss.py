@@ -49,7 +49,7 @@ def linear_zlpr_loss(
         hidden: ``[..., D]``, float16, bfloat16, float32 or float64: one row for each leading index.
         weight: ``[C, D]``, in the dtype of hidden; under autocast both are cast, as those of a linear layer are.
         positives: integer, ``[..., P]`` with the leading shape of hidden: class indices in any order, padded with any
-            negative index or with ``ignore_index``. Of a class listed twice in a row the first counts.
+            negative index or with ``ignore_index``. Of a class that a row lists twice the first counts.
         bias: ``[C]``, in the dtype of hidden. One of -inf takes its class out of both terms.
         positive_labels: floating-point, of the shape of positives, in [0, 1]: the labels t of the listed classes, 1 by
             default; -100 leaves a cell out of both terms. No gradient.
@@ -63,7 +63,9 @@ def linear_zlpr_loss(
         weight_grad: takes the gradient of weight in place of ``weight.grad``, which stays as it is: called in backward
             as ``weight_grad(first, gradient)``, with ascending first, and gradient ``[n, D]`` that of
             ``weight[first : first + n]`` in float32 (float64 for float64), in memory that the next call overwrites. An
-            optimiser's step in it, on those rows, saves the memory of the whole gradient.
+            optimiser's step in it, on those rows, saves the memory of the whole gradient. It is the gradient of this
+            call's rows: whoever splits a batch over ranks adds it up over them there. Not for DTensors whose rows are
+            sharded; where their classes are, ``first`` counts those of this rank.
 
     Returns:
         float32, or float64 for float64 hidden.
@@ -79,18 +81,16 @@ def linear_zlpr_loss(
         https://kexue.fm/archives/9064
     """
     _linear.check(OP, hidden, weight, bias)
-    _check_lists(positives, positive_labels, hidden)
+    _checks.check_lists(OP, positives, ignore_index, hidden, "hidden")
+    _check_labels(positive_labels, positives, hidden)
     _checks.check_reduction(OP, reduction)
-    if not _checks.is_int(ignore_index, -(2**63)):
-        raise TypeError(f"{OP}: ignore_index takes an int; got {_checks.describe(ignore_index)}")
     if weight_grad is not None and not callable(weight_grad):
         raise TypeError(f"{OP}: weight_grad takes a function, or None; got {_checks.describe(weight_grad)}")
+    positives = positives.long()  # their dtype may be too small for the number of classes, or for ignore_index
     tensors = (hidden, weight, bias, positives, positive_labels)
     if any(map(_checks.is_batched, tensors)):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported; hidden may have any leading dimensions")
-    ranks = _shards.name_of(OP, group)
-    if group is None and first_class is not None:
-        raise ValueError(f"{OP}: first_class takes None where group is None; got {_checks.describe(first_class)}")
+    ranks = _shards.name_of(OP, group, first_class)
     backend = _checks.choose_backend(OP, hidden, weight, bias, positive_labels)
     if hidden.dtype != torch.float64 and _checks.in_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -108,9 +108,10 @@ def linear_zlpr_loss(
             )
     shard = _shards.Shard(0, len(weight))
     if group is not None:
+        same_wish = "hidden must require a gradient on all ranks of the group or on none; got"
+        same = {_shards.rows_of("hidden"): hidden.shape[:-1].numel(), same_wish: _register.wants_gradient(hidden)}
+        _shards.check_same(OP, same, group, hidden.device)
         shard = _shards.shard_of(OP, first_class, len(weight), group, hidden.device)
-        if shard.total is not None:  # the ranks may tell each other what they like
-            _check_ranks(hidden, group)
     plain = _register._is_plain(tensors)
     if weight_grad is not None and not plain:
         raise RuntimeError(
@@ -124,13 +125,7 @@ def linear_zlpr_loss(
     return loss
 
 
-def _check_lists(positives: object, labels: object, hidden: torch.Tensor) -> None:
-    _checks.check_tensor(OP, "positives", positives, "an integer tensor of class indices [..., P]", _checks.INTEGERS)
-    assert isinstance(positives, torch.Tensor)
-    if positives.shape[:-1] != hidden.shape[:-1] or positives.dim() != hidden.dim():
-        takes = f"[..., P] with the leading shape of hidden, {tuple(hidden.shape[:-1])}"
-        raise ValueError(f"{OP}: positives must be {takes}; got {_checks.describe(positives)}")
-    _linear.check_device(OP, "positives", positives, hidden)
+def _check_labels(labels: object, positives: torch.Tensor, hidden: torch.Tensor) -> None:
     if labels is None:
         return
     _checks.check_tensor(OP, "positive_labels", labels, "a floating-point tensor [..., P]", _checks.FLOATS)
@@ -138,41 +133,22 @@ def _check_lists(positives: object, labels: object, hidden: torch.Tensor) -> Non
     if labels.shape != positives.shape:
         takes = f"of the shape of positives, {tuple(positives.shape)}"
         raise ValueError(f"{OP}: positive_labels must be {takes}; got {_checks.describe(labels)}")
-    _linear.check_device(OP, "positive_labels", labels, hidden)
+    _checks.check_device(OP, "positive_labels", labels, hidden, "hidden")
     _checks.check_no_grad(OP, "positive_labels", labels, "use positive_labels.detach()")
 
 
 def _check_values(positives: torch.Tensor, labels: torch.Tensor | None, ignore_index: int, classes: int | None) -> None:
     """Raises ValueError for an index beyond the last of the classes, where their number is known, or a label that is
     none; on a GPU, where to look is to wait, on demand."""
-    if positives.numel() == 0 or not _checks.can_look(positives):
-        return
-    if classes is not None and positives.max() >= classes:
-        takes = f"class indices below {classes}, the classes of weight, or negative ones for padding"
-        _refuse("positives", takes, positives, (positives >= classes) & (positives != ignore_index))
-    if labels is not None:
+    if classes is not None:
+        _checks.check_indices(OP, positives, ignore_index, classes, "weight")
+    if labels is not None and _checks.can_look(labels):
         wrong = _wrong_labels(positives, labels, ignore_index)
-        _refuse("positive_labels", "0 to 1, or -100 for a cell to leave out", labels, wrong)
+        _checks.refuse(OP, "positive_labels", "0 to 1, or -100 for a cell to leave out", labels, wrong)
 
 
 def _wrong_labels(positives: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    wrong = ~(((labels >= 0) & (labels <= 1)) | (labels == -100))
-    return wrong & (positives >= 0) & (positives != ignore_index)
-
-
-def _refuse(name: str, takes: str, values: torch.Tensor, wrong: torch.Tensor) -> None:
-    if wrong.any():
-        where = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(f"{OP}: {name} takes {takes}; got {values[where].item()} at {where}")
-
-
-def _check_ranks(hidden: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Raises ValueError on all ranks unless all of them, or none, will wait for the gradient of hidden."""
-    wants = torch.tensor([int(_register.wants_gradient(hidden))], device=hidden.device)
-    on_ranks = _shards.gather(wants, str(group.group_name)).flatten().tolist()
-    if len(set(on_ranks)) > 1:
-        got = _checks.short([bool(wants) for wants in on_ranks])
-        raise ValueError(f"{OP}: hidden must require a gradient on all ranks of the group or on none; got {got}")
+    return _checks.wrong_labels(labels) & (positives >= 0) & (positives != ignore_index)
 
 
 # --- registration --------------------------------------------------------------------------------------------------

@@ -54,20 +54,10 @@ def sparse_zlpr_loss(
         Su et al. 2022, *ZLPR: A Novel Loss for Multi-label Classification*, arXiv:2208.02955.
     """
     _checks.check_scores(OP, scores)
-    _checks.check_tensor(OP, "positives", positives, "an integer tensor of class indices [..., P]", _checks.INTEGERS)
-    if positives.shape[:-1] != scores.shape[:-1] or positives.dim() != scores.dim():
-        raise ValueError(
-            f"{OP}: positives must be [..., P] with the leading shape of scores, {tuple(scores.shape[:-1])};"
-            f" got {_checks.describe(positives)}"
-        )
-    _checks.check_device(OP, "positives", positives, scores)
+    _checks.check_lists(OP, positives, ignore_index, scores, "scores")
     mask = _checks.check_mask(OP, mask, scores)
     _checks.check_reduction(OP, reduction)
-    if not _checks.is_int(ignore_index, -(2**63)):
-        raise TypeError(f"{OP}: ignore_index takes an int; got {_checks.describe(ignore_index)}")
-    ranks = _shards.name_of(OP, group)
-    if group is None and first_class is not None:
-        raise ValueError(f"{OP}: first_class takes None where group is None; got {_checks.describe(first_class)}")
+    ranks = _shards.name_of(OP, group, first_class)
     backend = _checks.choose_backend(OP, scores)
     if backend == "reference":
         _shards.refuse_reference(OP, group)
@@ -75,10 +65,10 @@ def sparse_zlpr_loss(
             _check_values(scores, positives, mask, ignore_index)
         return reference.sparse_zlpr_loss(scores, positives, mask, reduction, ignore_index)
     if group is not None:
-        _shards.check_rows(OP, "scores", scores.shape[:-1].numel(), group, scores.device)
+        _shards.check_same(OP, {_shards.rows_of("scores"): scores.shape[:-1].numel()}, group, scores.device)
         shard = _shards.shard_of(OP, first_class, scores.shape[-1], group, scores.device)
         if shard.total is not None:
-            _check_below(positives, shard.total, ignore_index)
+            _checks.check_indices(OP, positives, ignore_index, shard.total, "scores")
         listed = positives.to(torch.int64)
         listed = torch.where((listed < 0) | (listed == ignore_index), -1, listed - shard.first)
         listed = torch.where(listed < scores.shape[-1], listed, -1)  # of the shards behind
@@ -89,22 +79,7 @@ def sparse_zlpr_loss(
 
 
 def _check_values(scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int) -> None:
-    """Raises ValueError for an index beyond the last class; on a GPU, where to look is to wait, on demand."""
-    _check_below(positives, scores.shape[-1], ignore_index)
-
-
-def _check_below(positives: torch.Tensor, classes: int, ignore_index: int) -> None:
-    if positives.numel() == 0 or not _checks.can_look(positives):
-        return
-    if int(positives.max()) < classes:
-        return
-    wrong = (positives >= classes) & (positives != ignore_index)
-    if wrong.any():
-        where = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"{OP}: positives takes class indices below {classes}, the classes of scores, or negative ones for padding;"
-            f" got {positives[where].item()} at {where}"
-        )
+    _checks.check_indices(OP, positives, ignore_index, scores.shape[-1], "scores")
 
 
 _op = _rows.register_with_gradient(OP, "positives", ", int ignore_index", _check_values)

@@ -81,7 +81,7 @@ def zlpr_loss(
             _check_values(scores, labels, mask)
         return reference.zlpr_loss(scores, labels, mask, reduction)
     if group is not None:
-        _shards.check_rows(OP, "scores", scores.shape[:-1].numel(), group, scores.device)
+        _shards.check_same(OP, {_shards.rows_of("scores"): scores.shape[:-1].numel()}, group, scores.device)
         return _sharded(scores, labels, mask, reduction, ranks, backend)  # type: ignore[no-any-return]
     with_grad = _register.wants_gradient(scores)
     loss: torch.Tensor = _op(scores, labels, mask, reduction, with_grad, backend)[0]
@@ -95,14 +95,10 @@ def _check_values(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     least, most = torch.aminmax(labels)
     if least >= 0 and most <= 1:
         return
-    wrong = ~(((labels >= 0) & (labels <= 1)) | (labels == -100))
+    wrong = _checks.wrong_labels(labels)
     if mask is not None:
         wrong &= mask
-    if wrong.any():
-        where = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"{OP}: labels takes 0 to 1, or -100 for a cell to leave out; got {labels[where].item()} at {where}"
-        )
+    _checks.refuse(OP, "labels", "0 to 1, or -100 for a cell to leave out", labels, wrong)
 
 
 _op = _rows.register_with_gradient(OP, "labels", "", _check_values)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import Listed, LogSums
+from ..problem import Listed, LogSums, positive_sums
 from ._tiles import computing_dtype, small_on_one_thread
 
 CELLS = 1 << 17  # to a tile of scores: the products lose a tenth with half of them
@@ -121,7 +121,7 @@ class Sweep:
                 flat[at] = torch.where((t >= 0) & (t < 1), scores + torch.log1p(-t), -torch.inf)
         return out
 
-    def kept(self, memory: torch.Tensor) -> Callable[[Tile], torch.Tensor]:
+    def places(self, memory: torch.Tensor) -> Callable[[Tile], torch.Tensor]:
         """Where E [room, classes] of a tile lies: in the memory of the gradient of its classes."""
         ratio = self.dtype.itemsize // memory.itemsize
         flat = memory.view(-1)[: memory.numel() // ratio * ratio].view(self.dtype)
@@ -150,7 +150,7 @@ def forward(
     """
     sweep = Sweep(hidden, weight, bias, listed)
     memory = torch.empty(weight.shape if keep else 0, dtype=weight.dtype, device=weight.device)
-    kept = sweep.kept(memory) if keep else None
+    place_of = sweep.places(memory) if keep else None
     m = sweep.hidden.new_zeros(len(hidden))
     # Of a thousand tiles or more: float32 would lose a digit.
     S = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
@@ -158,9 +158,9 @@ def forward(
     pivoted = [hidden.device.type != "cpu"] * len(sweep.blocks)
     scores = sweep.hidden.new_full(listed.rows.shape, -torch.inf)
     for tile in sweep.tiles():
-        E_kept = None if kept is None else kept(tile)
+        E_tile = None if place_of is None else place_of(tile)
         for block in sweep.blocks:
-            out = E_kept[block.rows] if E_kept is not None and block.kept else None
+            out = E_tile[block.rows] if E_tile is not None and block.kept else None
             s = sweep.exponents(tile, block, out, scores)
             m_b, S_b = sums[block.number]
             if pivoted[block.number] or not s.max().item() <= SAFE:  # which a NaN is not
@@ -173,7 +173,7 @@ def forward(
     x = torch.empty_like(scores)
     x[sweep.order] = scores
     x = _positives(x, listed)
-    return LogSums(m, S.to(sweep.dtype), *_sums(x, listed, len(hidden))), x, memory
+    return LogSums(m, S.to(sweep.dtype), *positive_sums(x, listed.rows, len(hidden))), x, memory
 
 
 def _positives(scores: torch.Tensor, listed: Listed) -> torch.Tensor:
@@ -183,13 +183,6 @@ def _positives(scores: torch.Tensor, listed: Listed) -> torch.Tensor:
         return x
     t = listed.labels.to(x.dtype)
     return torch.where(t > 0, x + torch.log(t), -torch.inf)
-
-
-def _sums(x: torch.Tensor, listed: Listed, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """m_p and S_p: of each row there are as many listed cells as of another."""
-    by_row = x[listed.rows.argsort(stable=True)].view(rows, -1) if len(x) else x.new_full((rows, 1), -torch.inf)
-    m = by_row.amax(1).clamp_(0.0, torch.finfo(x.dtype).max)
-    return m, torch.exp(by_row - m.unsqueeze(1)).sum(1)
 
 
 @small_on_one_thread(_work)
@@ -236,17 +229,17 @@ def backward(
         grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     d_weight = OfClasses(sweep, weight, grad_weight) if of_weight else None
     d_bias = OfClasses(sweep, bias, grad_bias) if bias is not None and wanted[2] else None
-    E_kept = waiting = None
+    place_of = waiting = None
     if kept.numel() and not pivoted:
-        E_kept, waiting = sweep.kept(kept), sweep.scratch(sweep.room * sweep.width)
+        place_of, waiting = sweep.places(kept), sweep.scratch(sweep.room * sweep.width)
 
     for tile in sweep.tiles():
-        if E_kept is not None and waiting is not None:  # out of the way of the gradient
-            E_tile = E_kept(tile)
+        if place_of is not None and waiting is not None:  # out of the way of the gradient
+            E_tile = place_of(tile)
             E_tile = waiting[: E_tile.numel()].view(E_tile.shape).copy_(E_tile)
         for block in sweep.blocks:
             rows = block.rows
-            if E_kept is not None and block.kept:
+            if place_of is not None and block.kept:
                 E = E_tile[rows]
             else:
                 E = sweep.exponents(tile, block)
