@@ -45,10 +45,10 @@ def forward(
 
 def _labels(scores: torch.Tensor, positives: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """1 where a class is listed, 0 elsewhere: what pads goes into a column behind the last, which is cut off."""
-    padding, classes = positives < 0, scores.shape[-1]
+    listed = positives if positives.dtype == torch.int64 else positives.long()  # and no index is cast to a small dtype
+    padding, classes = listed < 0, scores.shape[-1]
     if ignore_index >= 0:
-        padding |= positives == ignore_index
-    listed = positives if positives.dtype == torch.int64 else positives.long()
+        padding |= listed == ignore_index
     labels = scores.new_zeros((*scores.shape[:-1], classes + 1), dtype=computing_dtype(scores.dtype))
     return labels.scatter_(-1, listed.masked_fill(padding, classes).clamp_(max=classes), 1.0)[..., :-1]
 
