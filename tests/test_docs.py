@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+import flashpointer as fp
 from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +76,11 @@ def test_each_block_of_the_readme_runs_alone() -> None:
 def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
     text = README.read_text(encoding="utf-8")
     assert pages.filled(text, pages.tables()) == text
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert set(fp.__all__) | {"hf"} == set(re.findall(r"^::: flashpointer\.(\w+)$", text, re.MULTILINE))
 
 
 def prose(page: Path) -> str:
