@@ -14,8 +14,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 # little faster, but three buffers should be small beside the gradient even of a million scores.
 TILE = 3 << 16
 
-# Cells whose work is over before the second thread is there, if another process has its core. PyTorch, and MKL below it
-# for an exponential of 500 cells, would wait for it at each call, spinning: a hundred times as long as the work takes.
+# Cells whose work is over before the second thread is there, if another process has its core. PyTorch, and it seems MKL
+# below it for 500 exponentials, would wait for it at each call, spinning: a hundred times as long as the work takes.
 SMALL = 1 << 17
 # Where there is another way to make threads PyTorch takes no orders about them once it has some.
 OPENMP = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
