@@ -477,7 +477,7 @@ def test_opcheck(place: Place, reduction: str, keep: bool, soft: bool) -> None:
 
 
 def test_fullgraph(place: Place) -> None:
-    """Inside a graph with work before and after, at changing shapes."""
+    """Inside a graph with work before and after, one for all numbers of rows."""
     if place.small:
         return  # one compiled process is enough: opcheck traces the interpreted kernels
 
@@ -488,9 +488,11 @@ def test_fullgraph(place: Place) -> None:
     torch._dynamo.reset()
     for function, backend in ((step, "aot_eager"), (fp.linear_zlpr_loss, "inductor")):  # which has nothing to generate
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
-        for rows in (4, 6, 7):
+        for rows in (3, 6, 7):  # none as many as listed, which tracing would hold to stay so
             inputs = {**layer(rows, 5, 90, device=place.device), "reduction": "mean"}
-            for ours, truth in zip(run(compiled, inputs, LAYER), run(function, dict(inputs), LAYER), strict=True):
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                found = run(compiled, inputs, LAYER)
+            for ours, truth in zip(found, run(function, dict(inputs), LAYER), strict=True):
                 assert relative_error(ours, truth) < 1e-6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -191,7 +192,7 @@ def _fake(
     classes: int | None, keep: bool, backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     loss = _rows.fake_loss(hidden, reduction)
-    rows, listed = hidden.shape[:-1].numel(), positives.numel()
+    rows, listed = math.prod(hidden.shape[:-1]), positives.numel()  # Size.numel would make one graph for each size
     listed_labels = loss.new_empty(0) if labels is None else labels.new_empty(listed)
     cells = [positives.new_empty(listed, dtype=torch.int64) for _ in range(2)]
     sums = [loss.new_empty(rows) for _ in LogSums._fields]
