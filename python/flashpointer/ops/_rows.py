@@ -52,7 +52,7 @@ def grad_scales(scores: torch.Tensor, reduction: str) -> tuple[float, float]:
     Into the stored gradient, so that backward after a plain mean has nothing left to do; but not in float16, where it
     would underflow before the loss scale of AMP can lift it.
     """
-    share = 1.0 / max(1, scores.shape[:-1].numel()) if reduction == "mean" else 1.0
+    share = 1.0 / max(1, math.prod(scores.shape[:-1])) if reduction == "mean" else 1.0
     return (1.0, share) if scores.dtype == torch.float16 else (share, 1.0)
 
 
@@ -131,7 +131,7 @@ def register_sharded(op: str, labels: str, extra: str, check: Callable[..., None
         return torch.stack(_shards.merge(_shards.merged(parts), group))
 
     def fake_sums(scores: torch.Tensor, *_: Any) -> torch.Tensor:
-        return fake_loss(scores, "none").new_empty((4, scores.shape[:-1].numel()))
+        return fake_loss(scores, "none").new_empty((4, math.prod(scores.shape[:-1])))
 
     def compute(
         scores: torch.Tensor, labels: torch.Tensor, mask: Any, sums: torch.Tensor, reduction: str, *_: Any

@@ -159,7 +159,7 @@ def _fake(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
     span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str, backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
-    loss = q.new_empty((len(q), heads) if reduction == "none" else (), dtype=_loss_dtype(q))
+    loss = q.new_empty((q.shape[0], heads) if reduction == "none" else (), dtype=_loss_dtype(q))
     saved = backends.implementation(OP, backend).empty_saved(_shape(q, heads, spans), q)
     return loss, list(saved.tensors())
 
@@ -170,7 +170,7 @@ def _loss_dtype(q: torch.Tensor) -> torch.dtype:
 
 def _shape(q: torch.Tensor, heads: int, spans: torch.Tensor) -> tuple[int, ...]:
     """B, own heads or 1, N, D, H, S: what every size follows from."""
-    count = len(spans) if spans.dim() == 2 else spans.shape[0] * spans.shape[1]
+    count = spans.shape[0] if spans.dim() == 2 else spans.shape[0] * spans.shape[1]
     return (*_pointer.per_head(q)[0].shape, heads, count)
 
 
@@ -259,7 +259,7 @@ def _fake_with_gradient(
     q: torch.Tensor, k: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None, spans: torch.Tensor,
     span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    biases = (len(q), heads, q.shape[-2])
+    biases = (q.shape[0], heads, q.shape[-2])
     return tuple(q.new_empty(of, dtype=_loss_dtype(q)) for of in ((), (2, *q.shape), biases, biases))
 
 
