@@ -76,12 +76,15 @@ class Options:
     head_learning_rate: float = field(default=2e-3, metadata={"help": "of all layers but the encoder's"})
 
 
-def parse(kind: type[Options], about: str, rate: float) -> tuple[Any, transformers.TrainingArguments]:
+def parse(
+    kind: type[Options], about: str, rate: float, epochs: float = 3
+) -> tuple[Any, transformers.TrainingArguments]:
     """The options of a program, and Trainer's, of which some have other defaults here; rate is that of learning for the
     small encoder."""
     parser = transformers.HfArgumentParser([kind, transformers.TrainingArguments], description=about)
     # What forward does not name is what collate reads. Without a learning rate, it depends on the encoder.
     parser.set_defaults(remove_unused_columns=False, learning_rate=None, warmup_steps=0.1, weight_decay=0.01)
+    parser.set_defaults(num_train_epochs=epochs)
     parser.set_defaults(per_device_train_batch_size=16, per_device_eval_batch_size=16, logging_steps=50)
     try:
         options, arguments = parser.parse_args_into_dataclasses()

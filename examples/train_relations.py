@@ -96,7 +96,7 @@ def as_spans(sentences: Iterable[Iterable[Triple]]) -> torch.Tensor:
 
 
 def main() -> None:
-    options, arguments = parse(Options, __doc__.splitlines()[0], rate=4e-3)
+    options, arguments = parse(Options, __doc__.splitlines()[0], rate=4e-3, epochs=5)
     if options.train:
         raise InputError(f"--train: takes no file, as the corpus is made; got {options.train}")
     arguments.label_names = list(SETS)

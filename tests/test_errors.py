@@ -77,6 +77,7 @@ CALLABLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "from_offsets": (fp.spans.from_offsets, {"sentences": LISTS, "offset_mapping": [[(0, 2)]], "heads": ["PER"]}),
     "from_words": (fp.spans.from_words, {"sentences": LISTS, "word_ids": [[0, 1]], "heads": ["PER"]}),
     "from_tags": (fp.spans.from_tags, {"tags": [["B-PER"]]}),
+    "join_words": (fp.spans.join_words, {"words": [["a", "b"]], "entities": LISTS}),
     "from_utf16": (fp.spans.from_utf16, {"sentences": LISTS, "texts": ["ab"]}),
     "to_entities": (fp.spans.to_entities, {**ONE, "offset_mapping": [[(0, 2)]], "texts": ["ab"]}),
     "to_words": (fp.spans.to_words, {**ONE, "word_ids": [[0]], "words": [["a"]]}),
@@ -99,6 +100,7 @@ def test_every_argument_of_what_else_there_is(name: str, wrong: str) -> None:
     function, right = CALLABLES[name]
     of_lists = (
         "sentences",
+        "entities",
         "tags",
         "names",
         "examples",

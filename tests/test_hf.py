@@ -263,6 +263,7 @@ def test_saved_and_loaded(near: SpanModel, tmp_path: Path) -> None:
         assert list(loaded.config.id2label.values()) == TYPES and not loaded.training
         assert type(loaded.head).__name__ == model.config.head
         assert loaded.predict([text], a_tokenizer()) == model.predict([text], a_tokenizer())
+        assert type(transformers.AutoModel.from_pretrained(folder)) is SpanModel
     assert loaded.config.decoding == decoding and loaded.head.extra_repr() == other.head.extra_repr()
 
 
@@ -369,13 +370,14 @@ def test_predict_gives_each_text_its_own(near: SpanModel) -> None:
     assert near.training
     assert len(lengths) > 1 and lengths == sorted(lengths, reverse=True)
     assert triples(found) == entities
-    for size in (1, 5, 100):
+    for size in (1, 5, 16, 100):
         others = near.predict(iter(texts), a_tokenizer(), batch_size=size)
         assert triples(others) == triples(found)
         assert [x["score"] for here in others for x in here] == pytest.approx(
             [x["score"] for here in found for x in here], rel=1e-4
         )
-    assert near.predict(texts, a_tokenizer()) == found
+    assert near.predict(texts, a_tokenizer(), batch_size=4) == found
+    assert near.predict(texts, a_tokenizer()) == near.predict(texts, a_tokenizer(), batch_size=16)  # the default
     assert triples(near.predict(texts[::-1], a_tokenizer())) == entities[::-1]
     assert near.predict(["", " ", "it rains"], a_tokenizer()) == [[], [], []]
     assert near.predict([], a_tokenizer()) == []
@@ -425,6 +427,16 @@ def test_examples_say_what_no_window_holds() -> None:
     assert model.examples([], [], a_tokenizer()) == []
 
 
+def test_words_with_tags() -> None:
+    words, tags = ["Anna", "Lee", "ran"], ["B-PER", "I-PER", "O"]
+    texts, entities = fp.spans.join_words([words], fp.spans.from_tags([tags]))
+    tokenizer, model = a_tokenizer(), a_model()
+    (row,) = model.examples(texts, entities, tokenizer)
+    assert row == model.examples(["Anna Lee ran"], [[("PER", 0, 8)]], tokenizer)[0]
+    with pytest.raises(ValueError, match=r"^examples: entities takes a list for each of 1 texts; got 0$"):
+        model.examples(texts, [], tokenizer)
+
+
 def test_a_column_of_datasets_keeps_its_spans() -> None:
     datasets = pytest.importorskip("datasets", reason="needs datasets: pip install 'flashpointer[integrations]'")
     random.seed(6)
@@ -465,7 +477,7 @@ def test_the_script_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: a_model().predict([], a_tokenizer(), batch_size=0), ValueError, "predict: batch_size takes .*int 0"),
         (lambda: a_model().predict([], a_tokenizer(), max_length=2), ValueError, "predict: max_length takes .*int 2"),
         (lambda: a_model().predict([], a_tokenizer(), max_length=9, stride=7), ValueError, "predict: stride .* 0 to 6"),
-        (lambda: a_model().examples(["a"], [], a_tokenizer()), ValueError, "from_offsets: windows takes .*"),
+        (lambda: a_model().examples(["a"], [], a_tokenizer()), ValueError, "examples: entities takes a list for .*; got 0"),
         (lambda: a_model().examples(["a"], [[("X", 0, 1)]], a_tokenizer()), ValueError, "from_offsets: .* of a type"),
     ],
 )  # fmt: skip

@@ -56,6 +56,32 @@ def test_they_are_what_from_words_takes() -> None:
     assert (spans.tolist(), lost, adjusted) == ([[0, 0, 1, 3]], [], [])
 
 
+def test_words_become_texts() -> None:
+    """And their entities the characters of the same words."""
+    words = [["Anna", "Lee", "ran"], [], ["Oslo"]]
+    entities = [[("PER", 0, 1), ("X", 2, 2), ("ALL", 0, 2)], [], [("LOC", 0, 0)]]
+    texts, found = fp.spans.join_words(words, entities)
+    assert texts == ["Anna Lee ran", "", "Oslo"]
+    cut = [[(kind, text[start:end]) for kind, start, end in here] for text, here in zip(texts, found, strict=True)]
+    assert cut == [[("PER", "Anna Lee"), ("X", "ran"), ("ALL", "Anna Lee ran")], [], [("LOC", "Oslo")]]
+
+
+@pytest.mark.parametrize(
+    "words, entities, says",
+    [
+        ([["a"]], [], "entities takes one for each of 1 sentences; got 0"),
+        (["ab"], [[]], "words of sentence 0 takes a list of strs; got str 'ab'"),
+        ([["a", 3]], [[]], "words of sentence 0 takes strs; got ['a', 3]"),
+        ([["a"]], [[("X", 0, 1)]], "entities of sentence 0 takes spans with 0 <= start <= end < 1, its words"),
+        ([["a"]], [[("X", 0)]], "entities of sentence 0 takes spans (type, start, end)"),
+    ],
+)
+def test_errors_of_words(words: object, entities: object, says: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        fp.spans.join_words(words, entities)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"join_words: {says}")
+
+
 @pytest.mark.parametrize(
     "tags, names, says",
     [

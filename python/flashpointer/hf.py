@@ -112,7 +112,10 @@ class SpanModel(PreTrainedModel):
 
     def __init__(self, config: SpanConfig, encoder: PreTrainedModel | None = None) -> None:
         if config.encoder is None:
-            raise ValueError("SpanModel: config takes one with an encoder, the config of a model; got None")
+            raise ValueError(
+                "SpanModel: config takes one with an encoder, the config of a model; got None. "
+                "Of a pretrained encoder SpanModel.from_encoder makes a SpanModel"
+            )
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
         pooler = getattr(self.encoder, "pooler", None)
@@ -206,6 +209,9 @@ class SpanModel(PreTrainedModel):
             TypeError, ValueError: as of ``predict`` and ``flashpointer.spans.from_offsets``.
         """
         texts, encoding = self._encode("examples", texts, tokenizer, max_length, stride)
+        entities = _read.each("examples", "entities", entities, "for each text a list of (type, start, end)")
+        if len(entities) != len(texts):
+            raise ValueError(f"examples: entities takes a list for each of {len(texts)} texts; got {len(entities)}")
         found, lost, _ = spans.from_offsets(entities, encoding, self.config.label2id, texts=texts)
         if lost:
             warnings.warn(
@@ -341,3 +347,7 @@ def _chosen(
     best, _ = choose(torch.tensor(cells, dtype=torch.int64).view(-1, 4), scores, **choices)
     kept = set(map(tuple, best.tolist()))
     return [[x for x in here if cell(i, x) in kept] for i, here in enumerate(entities)]
+
+
+AutoConfig.register(SpanConfig.model_type, SpanConfig)
+AutoModel.register(SpanConfig, SpanModel)

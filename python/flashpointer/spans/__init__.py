@@ -21,7 +21,7 @@ from .entities import from_utf16, to_entities, to_words
 from .lists import SpanSet, collate, from_lists
 from .offsets import FromOffsets, from_offsets, from_words
 from .padded import flatten, pad
-from .tags import from_tags
+from .tags import from_tags, join_words
 
 __all__ = [
     "FromOffsets",
@@ -36,6 +36,7 @@ __all__ = [
     "from_tags",
     "from_utf16",
     "from_words",
+    "join_words",
     "pad",
     "to_dense",
     "to_entities",

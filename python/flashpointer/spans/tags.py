@@ -1,9 +1,11 @@
-"""Entities from a tag for each word."""
+"""Words that were split beforehand: entities from a tag for each, and texts of them."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..ops import _checks
 from . import _read
@@ -52,6 +54,42 @@ def from_tags(
             is_open = prefix is not None and prefix in "BIM"
         found.append(entities)
     return found
+
+
+def join_words(
+    words: Iterable[Iterable[str]], entities: Iterable[Iterable[tuple[Any, int, int]]]
+) -> tuple[list[str], list[list[tuple[Any, int, int]]]]:
+    """Texts of words that were split beforehand, joined by spaces, and their entities in characters, end exclusive:
+    what ``flashpointer.hf.SpanModel.examples`` takes. ::
+
+        texts, entities = fp.spans.join_words(words, fp.spans.from_tags(tags))
+
+    Args:
+        words: for each sentence its words.
+        entities: for each sentence its entities (type, start, end) in words, end inclusive.
+
+    Raises:
+        TypeError, ValueError: naming the sentence, for a word that is no str, an entity beyond the words, or lists of
+            entities that are not one for each sentence.
+    """
+    op = "join_words"
+    sentences = _read.each(op, "words", words, "for each sentence a list of words")
+    texts, found = [], []
+    for i, (sentence, here) in enumerate(
+        zip(sentences, _read.one_for_each(op, "entities", entities, len(sentences)), strict=True)
+    ):
+        listed = _read.each(op, f"words of sentence {i}", sentence, "a list of strs")
+        if not all(isinstance(word, str) for word in listed):
+            raise TypeError(f"{op}: words of sentence {i} takes strs; got {_checks.short(listed)}")
+        ends = list(itertools.accumulate((len(word) + 1 for word in listed), initial=0))  # where the next word begins
+        texts.append(" ".join(listed))
+        where, of_text = f"entities of sentence {i}", []
+        for entity in _read.each(op, where, here, f"a list of {_read.TRIPLE}"):
+            kind, _, start, end = _read.triple(op, where, entity, None, _read.TRIPLE)
+            _read.check_ends(op, where, entity, start, end, len(listed), "inclusive", ("start", "end", "its words"))
+            of_text.append((kind, ends[start], ends[end + 1] - 1))
+        found.append(of_text)
+    return texts, found
 
 
 def _name(op: str, where: str, tag: object, names: list[str] | None) -> str:
