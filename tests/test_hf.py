@@ -477,7 +477,7 @@ def test_the_script_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: a_model().predict([], a_tokenizer(), batch_size=0), ValueError, "predict: batch_size takes .*int 0"),
         (lambda: a_model().predict([], a_tokenizer(), max_length=2), ValueError, "predict: max_length takes .*int 2"),
         (lambda: a_model().predict([], a_tokenizer(), max_length=9, stride=7), ValueError, "predict: stride .* 0 to 6"),
-        (lambda: a_model().examples(["a"], [], a_tokenizer()), ValueError, "examples: entities takes a list for .*; got 0"),
+        (lambda: a_model().examples(["a"], [], a_tokenizer()), ValueError, "examples: entities takes a list .*; got 0"),
         (lambda: a_model().examples(["a"], [[("X", 0, 1)]], a_tokenizer()), ValueError, "from_offsets: .* of a type"),
     ],
 )  # fmt: skip
