@@ -23,7 +23,7 @@ SHOWN = (
     *(("pointer_loss", size) for size in ((16, 10, 1, 64, 64), (8, 10, 1, 256, 64), (2, 50, 1, 512, 64), LONGEST)),
     ("pointer_loss", (16, 9, 9, 128, 64)),
     *(("pointer_decode", size) for size in ((8, 10, 1, 256, 64), LONGEST)),
-    *(("zlpr_loss", size) for size in ((1024, 983), (256, 30938), (8, 1000000))),
+    *(("zlpr_loss", size) for size in ((1024, 983), (8, 1000000))),
 )
 
 
@@ -91,25 +91,10 @@ def losing() -> str:
     return table(("call", "size", "eager", "`torch.compile`", "ours"), sorted(rows))
 
 
-def whole_step() -> str:
-    """Of examples/measure_head.py, whose first case is of short sentences."""
-    cases = json.loads((ROOT / "docs" / "evidence" / "head.json").read_text())["cases"]
-    short, long = cases[0], next(case for case in cases if case["name"] == "4 documents of 1,024")
-    head = {c: f"{said(long['head'], c, 'time')} and {said(long['head'], c, 'peak')}" for c in ("eager", "fused")}
-    step = {c: said(long["step"], c, "time") for c in ("eager", "fused")}
-    share = short["head"]["eager"]["time"]["median"] / short["step"]["eager"]["time"]["median"]
-    return (
-        f"Of documents of 1,024 pieces an eager head takes {head['eager']}, this one {head['fused']}, and the whole "
-        f"step {step['fused']} instead of {step['eager']}. Of {short['name'].replace(' ', ' short ')} the eager head "
-        f"is {share:.0%} of the step: there you gain memory, not time."
-    )
-
-
 def tables() -> dict[str, str]:
     """Of README.md."""
     return {
         "claim": claim(),
         "measured": comparison(),
-        "step": whole_step(),
         "losing": losing(),
     }
