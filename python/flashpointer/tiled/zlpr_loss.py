@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..problem import log_one_plus
-from ._tiles import column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
+from ._tiles import SMALL, column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
 
 SAFE = 60.0
 
@@ -127,7 +127,10 @@ def plain_rows(s: torch.Tensor, p: torch.Tensor, e: torch.Tensor, hard: bool) ->
         e_n.addcmul_(p, e_n, value=-1)
     else:
         e_n.mul_(torch.sub(1.0, p, out=p))
-    sums = e.sum(-1, keepdim=True)
+    if e_n.numel() <= SMALL:
+        sums = e.sum(-1, keepdim=True)
+    else:  # each thread sums what it has written; of both at once it would be what another has, at six times the cost
+        sums = torch.stack([e_n.sum(-1, keepdim=True), e_p.sum(-1, keepdim=True)])
     losses = sums.log1p().sum((0, -1))
     return Plain(e, e_n, e_p, sums, losses) if float(losses.amax()) <= SAFE else None  # which NaN is not
 
