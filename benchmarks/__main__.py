@@ -24,11 +24,11 @@ def main() -> int:
     parser.add_argument(
         "tool",
         nargs="?",
-        choices=("sweep", "growth", "overhead", "company", "model", "gpu", "readme"),
+        choices=("sweep", "growth", "overhead", "products", "company", "model", "gpu", "readme"),
         default="sweep",
         help="default: sweep",
     )
-    parser.add_argument("--quick", action="store_true", help="few shapes, one dtype, under two minutes")
+    parser.add_argument("--quick", action="store_true", help="few shapes, one dtype: some minutes")
     parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="NAME", help="default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "local", metavar="DIR")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -43,13 +43,14 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from . import company, growth, model, overhead, pages
+    from . import company, growth, model, overhead, pages, products
 
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if arguments.tool == "overhead":
         console.print(overhead.table())
         console.print(overhead.launches())
         return 0
+    keep_memory()
     if arguments.tool == "company":
         chosen, seconds = [known[name] for name in arguments.op], 0.2 if arguments.quick else 1.0
         console.print(company.table(chosen, seconds, arguments.quick))
@@ -60,7 +61,6 @@ def main() -> int:
         pages.README.write_text(pages.filled(pages.README.read_text("utf-8"), pages.tables()), "utf-8")
         return 0
 
-    keep_memory()
     others = OtherProcesses()
     torch.manual_seed(0)
     device, seconds = torch.device(arguments.device), 0.2 if arguments.quick else 1.0
@@ -69,6 +69,11 @@ def main() -> int:
         curves = growth.measure(device, seconds, console.print, growth.QUICK if arguments.quick else growth.ALL)
         for file in growth.write(arguments.out, curves, report.conditions(device, others.share()), ceilings):
             console.print(f"wrote {file}")
+        return 0
+    if arguments.tool == "products":
+        found = products.measure(device, seconds, console.print, arguments.quick)
+        console.print(products.table(found))
+        console.print(f"wrote {products.write(arguments.out, found, report.conditions(device, others.share()))}")
         return 0
     todo = cases([known[name] for name in arguments.op], device, arguments.quick)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -7,6 +7,7 @@ import torch
 import flashpointer
 from flashpointer.agreement import Agreement, relative_error
 
+from . import linear_zlpr_loss
 from .suite import Inputs, Op, Shape
 
 K, CHUNK = 5, 8192
@@ -57,6 +58,7 @@ OP = Op(
     differentiate=(),
     options=(("k", K),),
     rival=rival,
+    axes=linear_zlpr_loss.AXES,
     outputs=lambda size: 3 * K * size[0],  # a class takes two of them
     matrix_flops=lambda inputs, backward: 2.0 * inputs["hidden"].numel() * len(inputs["weight"]),
     eager=eager,

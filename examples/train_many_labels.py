@@ -123,9 +123,10 @@ def compare(encoder: Encoder, head: nn.Module, batch: Batch, seconds: float = 3.
     sys.path.append(str(Path(__file__).parent.parent))
     import rich
 
-    from benchmarks.measure import measure_runs
+    from benchmarks.measure import keep_memory, measure_runs
     from benchmarks.report import cell
 
+    keep_memory()
     losses = {
         "eager": lambda: fp.reference.linear_zlpr_loss(encoder(batch), head.weight, batch.labels, head.bias),
         "fused": lambda: head.loss(encoder(batch), batch.labels),
