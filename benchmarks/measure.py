@@ -328,7 +328,7 @@ def keep_memory() -> str:
     """Makes glibc keep what is freed, from here on; returns what allocates, for the header.
 
     By default it gives a tensor of 32 MiB or more back to the system when it is freed, so that the next one is faulted
-    in again, page by page. That is half of eager's time or more, and nothing of ours, which makes no such tensor.
+    in again, page by page: of large scores most of eager's time, and nothing of ours, which makes no such tensor.
     """
     if os.environ.get("LD_PRELOAD"):
         return f"LD_PRELOAD={os.environ['LD_PRELOAD']}"
