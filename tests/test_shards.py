@@ -48,7 +48,7 @@ def in_parts(place: Place, cuts: list[int], scores: torch.Tensor, labels: torch.
     return _shards.value(merged), torch.cat(grads, -1)
 
 
-CASES = ["usual", "large", "one of +100 in the last shard", "-inf", "no negatives", "+inf", "learned"]
+CASES = ["usual", "large", "one of +100 in the last shard", "-inf", "no negatives", "+inf", "learned", "learned well"]
 
 
 @pytest.mark.parametrize("kind", ["bool", "int64", "soft"])
@@ -70,6 +70,8 @@ def test_parts_of_a_row_add_up_to_it(place: Place, dtype: torch.dtype, classes: 
         scores[0, 0], labels[0, 0], mask[0, 0] = torch.inf, 0, True
     elif case == "learned":
         scores = torch.where(labels == 1, 30.0, -30.0) + torch.randn_like(scores)
+    elif case == "learned well":  # an exponential without a pivot of its own would be off by 3e-6
+        scores = torch.where(labels == 1, 60.0, -60.0) + torch.randn_like(scores)
     scores = scores.to(dtype)
     cuts = [0, classes // 3, classes // 3, classes - 1, classes]  # one is empty, one has a single class
     loss, grad = in_parts(place, cuts, scores, labels, mask)
