@@ -159,18 +159,18 @@ def _cells(
         return reference.pointer_decode(q, k, start, end, problem, threshold, max_spans, top_k)
     least = min(threshold, default=0.0)
     several = any(x > least for x in threshold)
+    if backend == "triton" and top_k is None:
+        decode = backends.implementation(OP, backend).decode
+        cells, scores, count = decode(*_pointer.per_head(q, k), start, end, heads, problem, least, max_spans)
+        if not several:
+            return cells, scores, count
+        if count == len(cells):
+            above = scores > scores.new_tensor(threshold)[cells // q.shape[-2] ** 2 % heads]
+            cells, scores = cells[above], scores[above]
+            return cells, scores, len(cells)
+        # Else it has cut among what the thresholds of some heads would not have let pass.
     tiles = backends.implementation(OP, "tiled").decode  # which heed top_k and each head's threshold while they go
-    if backend == "tiled" or top_k is not None:
-        return tiles(q, k, start, end, heads, problem, threshold, max_spans, top_k)  # type: ignore[no-any-return]
-    decode = backends.implementation(OP, backend).decode
-    cells, scores, count = decode(*_pointer.per_head(q, k), start, end, heads, problem, least, max_spans)
-    if not several:
-        return cells, scores, count
-    if count > len(cells):  # cut among what the thresholds of some heads would not have let pass
-        return tiles(q, k, start, end, heads, problem, threshold, max_spans, top_k)  # type: ignore[no-any-return]
-    above = scores > scores.new_tensor(threshold)[cells // q.shape[-2] ** 2 % heads]
-    cells, scores = cells[above], scores[above]
-    return cells, scores, len(cells)
+    return tiles(q, k, start, end, heads, problem, threshold, max_spans, top_k)  # type: ignore[no-any-return]
 
 
 # --- choosing among them ---------------------------------------------------------------------------------------------
