@@ -282,7 +282,7 @@ def tile_of(rule: Plan, size: int, aligned: bool, dtype: torch.dtype) -> Tile:
     return Tile(*map(tl.constexpr, fields))
 
 
-class Problem(NamedTuple):
+class Layer(NamedTuple):
     """What forward and backward are given alike, and what follows from it."""
 
     hidden: torch.Tensor
@@ -320,7 +320,7 @@ class Problem(NamedTuple):
         return floats[len(floats) - count :].view(self.tiles, self.kept_rows)
 
 
-def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> Problem:
+def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> Layer:
     rows, classes = len(hidden), len(weight)
     even = all(min(x.stride()) == 1 and max(x.stride()) % 16 == 0 for x in (hidden, weight))
     rule = plan(even, hidden.dtype, torch.version.hip is not None)
@@ -332,11 +332,11 @@ def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     bounds = torch.searchsorted(number, torch.arange(tiles + 1, device=number.device))
     labels = None if listed.labels is None else listed.labels[order]
     cells = Listed(listed.rows[order], listed.classes[order], labels)
-    return Problem(hidden, weight, bias, cells, order, bounds, rule, tile)
+    return Layer(hidden, weight, bias, cells, order, bounds, rule, tile)
 
 
 def launch_exponentials(
-    problem: Problem,
+    layer: Layer,
     rows: range,
     classes: range,
     store: tuple[torch.Tensor | None, int, int],
@@ -344,11 +344,11 @@ def launch_exponentials(
     partials: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
     """See exponentials_kernel; ``store`` are its out, kept, before."""
-    hidden, weight, bias, cells, _, bounds, rule, tile = problem
+    hidden, weight, bias, cells, _, bounds, rule, tile = layer
     tiles = -(-len(rows) // rule.bm) * -(-len(classes) // rule.bn)
     exponentials_kernel[(tiles,)](
         hidden, weight, bias, *cells, bounds, l_n, store[0], *partials,
-        len(hidden), len(weight), hidden.shape[1], rows.start, rows.stop, classes.start, *store[1:], problem.block,
+        len(hidden), len(weight), hidden.shape[1], rows.start, rows.stop, classes.start, *store[1:], layer.block,
         *hidden.stride(), *weight.stride(), *strides(bias, 1), tile,
         num_warps=rule.num_warps, **all_registers(),
     )  # fmt: skip
@@ -364,16 +364,16 @@ def forward(
     m, S = (torch.zeros(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
     x = torch.empty(count, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
-        problem = prepare(hidden, weight, bias, listed)
-        kept_rows, tiles = problem.kept_rows if keep else 0, problem.tiles
-        height = max(1, PARTIALS // max(1, tiles) // problem.rule.bm) * problem.rule.bm
+        layer = prepare(hidden, weight, bias, listed)
+        kept_rows, tiles = layer.kept_rows if keep else 0, layer.tiles
+        height = max(1, PARTIALS // max(1, tiles) // layer.rule.bm) * layer.rule.bm
         edges = sorted({*range(0, rows, height), kept_rows, rows})
         for first, stop in pairwise(edges if classes > 0 else []):
             pivots, partials = (x.new_empty((tiles, stop - first)) for _ in range(2))
             store = (kept if stop <= kept_rows else None, kept_rows, kept_rows)
-            launch_exponentials(problem, range(first, stop), range(classes), store, None, (pivots, partials))
+            launch_exponentials(layer, range(first, stop), range(classes), store, None, (pivots, partials))
             if stop <= kept_rows:
-                problem.pivots(kept)[:, first:stop] = pivots
+                layer.pivots(kept)[:, first:stop] = pivots
             m[first:stop] = pivots.amax(0).clamp_(min=0)
             S[first:stop] = pivots.sub_(m[first:stop]).exp_().mul_(partials).sum(0)
         if count > 0:
@@ -396,21 +396,21 @@ class Scales(NamedTuple):
     positives: torch.Tensor  # [n]: what is taken from G at the cells, in their order
 
 
-def scales_of(problem: Problem, x: torch.Tensor, sums: LogSums, upstream: torch.Tensor) -> Scales:
+def scales_of(layer: Layer, x: torch.Tensor, sums: LogSums, upstream: torch.Tensor) -> Scales:
     one_n, one_p = torch.exp(-sums.m_n) + sums.S_n, torch.exp(-sums.m_p) + sums.S_p  # at least 1
     l_n = sums.m_n + torch.log(one_n)
     unit = one_n * torch.exp(sums.m_n - l_n)  # of what l_n rounds away
-    unit = torch.where(l_n == torch.inf, 1.0, unit) * 2.0**problem.tile.LIFT.value
-    x, rows = x[problem.order], problem.cells.rows
+    unit = torch.where(l_n == torch.inf, 1.0, unit) * 2.0**layer.tile.LIFT.value
+    x, rows = x[layer.order], layer.cells.rows
     positives = torch.exp(x - sums.m_p[rows]) * (unit / one_p)[rows]
     return Scales(l_n, upstream.float() / unit, positives)
 
 
 def fill_block(
-    problem: Problem, g: torch.Tensor, classes: range, scales: Scales, kept: torch.Tensor, pivots: torch.Tensor
+    layer: Layer, g: torch.Tensor, classes: range, scales: Scales, kept: torch.Tensor, pivots: torch.Tensor
 ) -> None:
     """g [R, classes] = G."""
-    (rows, width), rule, cells = g.shape, problem.rule, problem.cells
+    (rows, width), rule, cells = g.shape, layer.rule, layer.cells
     kept_rows, tiles = pivots.shape[1], -(-width // rule.bn)
     if kept_rows > 0:
         e = kept.view(-1)[classes.start * kept_rows : classes.stop * kept_rows]
@@ -418,10 +418,10 @@ def fill_block(
             e, pivots[classes.start // rule.bn :], scales.l_n, g, kept_rows, width, BM=32, BN=rule.bn, num_warps=4
         )
     if kept_rows < rows:
-        launch_exponentials(problem, range(kept_rows, rows), classes, (g, rows, 0), scales.l_n)
+        launch_exponentials(layer, range(kept_rows, rows), classes, (g, rows, 0), scales.l_n)
     if len(cells.rows) > 0:
         put_kernel[(tiles,)](
-            g, cells.rows, cells.classes, scales.positives, problem.bounds, classes.start, width, -(-rows // rule.bm),
+            g, cells.rows, cells.classes, scales.positives, layer.bounds, classes.start, width, -(-rows // rule.bm),
             BN=rule.bn, LANES=LANES, num_warps=4,
         )  # fmt: skip
 
@@ -474,10 +474,10 @@ def backward(
     if wanted[2] and bias is not None:
         of_bias = torch.empty(classes, dtype=bias.dtype, device=bias.device)
     with torch.cuda.device_of(hidden):
-        problem = prepare(hidden, weight, bias, listed)
-        scales = scales_of(problem, x, sums, upstream)
-        pivots = problem.pivots(kept).clone() if kept.numel() > 0 else kept.new_empty((0, 0), dtype=torch.float32)
-        dtype, block = hidden.dtype, problem.block
+        layer = prepare(hidden, weight, bias, listed)
+        scales = scales_of(layer, x, sums, upstream)
+        pivots = layer.pivots(kept).clone() if kept.numel() > 0 else kept.new_empty((0, 0), dtype=torch.float32)
+        dtype, block = hidden.dtype, layer.block
         if of_weight is not None or weight_grad is not None:
             shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)
             shares = shares.to(dtype)  # c h
@@ -490,7 +490,7 @@ def backward(
         for first in blocks if kept.numel() == 0 else reversed(blocks):
             some = range(first, min(first + block, classes))
             g = scratch[: rows * len(some)].view(rows, len(some))
-            fill_block(problem, g, some, scales, kept, pivots)
+            fill_block(layer, g, some, scales, kept, pivots)
             if of_hidden is not None:
                 of_hidden = add_product(of_hidden, g, weight[first : some.stop])
             if weight_grad is not None:
