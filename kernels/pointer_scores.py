@@ -83,7 +83,7 @@ class Matrix(NamedTuple):
     stride_r: Any
     stride_c: Any
     size: Any
-    mask: Any  # Tokens, if what it holds for dropped ones is not 0
+    mask: Any  # Tokens
 
 
 # --- forward -------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def load_tile(matrix, r, c, shape, tile, COLUMNS: tl.constexpr):
     """Of a gradient its valid cells, and 0 for the others: [rows, columns] of the matrix."""
     at = (matrix.ptr + r.to(tl.int64) * matrix.stride_r)[:, None] + (c.to(tl.int64) * matrix.stride_c)[None, :]
     g = tl.load(at, mask=(r < matrix.size)[:, None] & (c < matrix.size)[None, :], other=0.0)
-    if matrix.mask is not None:
+    if tile.HEADS == 1:  # else sum_kernel has written 0 for the others
         g = tl.where(load_kept(matrix.mask, r, shape.length)[:, None], g, 0.0)
         g = tl.where(load_kept(matrix.mask, c, shape.length)[None, :], g, 0.0)
         if COLUMNS:
@@ -288,7 +288,6 @@ def sweep_kernel(
     role = tl.program_id(1)
     if role < 2 * parts:
         grad += offset(b, i % own_heads, stride_gb, stride_gh)
-        dropped = kept if tile.HEADS == 1 else None
         part = role % parts * tile.PART
         angles = (0.0, 0.0)
         if tile.ROPE:
@@ -298,12 +297,12 @@ def sweep_kernel(
         of_k = of_q + tl.cast(groups, tl.int64) * shape.padded * tile.VECTOR
         at = tl.cast(i, tl.int64) * length
         if role < parts:
-            matrix = Matrix(grad, stride_gm, stride_gn, size, dropped)
+            matrix = Matrix(grad, stride_gm, stride_gn, size, kept)
             d, sums = sweep(matrix, of_k + part, first, columns, shape, tile, False)
             store_turned_back(d_q + at * tile.SIZE, d * scale, token, part, angles, length, tile)
             store_sums(d_start, at, sums, token, part, length, tile)
         else:
-            matrix = Matrix(grad, stride_gn, stride_gm, size, dropped)
+            matrix = Matrix(grad, stride_gn, stride_gm, size, kept)
             d, sums = sweep(matrix, of_q + part, first, rows, shape, tile, True)
             store_turned_back(d_k + at * tile.SIZE, d * scale, token, part, angles, length, tile)
             store_sums(d_end, at, sums, token, part, length, tile)

@@ -27,7 +27,7 @@ from flashpointer.kernels import (  # noqa: E402
 
 from flashpointer.problem import Problem, listed_cells  # noqa: E402
 
-from .chips import CHIPS, Compiled, compiling_for  # noqa: E402
+from .chips import CHIPS, REGISTERS, Compiled, compiling_for  # noqa: E402
 from .conftest import INTERPRETED  # noqa: E402
 
 pytestmark = [
@@ -45,6 +45,7 @@ def compile_for(chip: str, launch: Callable[[], object]) -> list[Compiled]:
     for kernel in compiled:
         assert kernel.spills == 0, f"{kernel.name} spills {kernel.spills} on {chip}"
         assert kernel.shared <= CHIPS[chip].shared_limit, f"{kernel.name} uses {kernel.shared} bytes shared on {chip}"
+        assert kernel.registers <= REGISTERS, f"{kernel.name} needs {kernel.registers} registers for a block on {chip}"
     return compiled
 
 
@@ -272,6 +273,23 @@ def test_pointer_decode(
     counting, writing = (sorted(re.findall(MATRIX[chip] + r"\S*", kernel.assembly)) for kernel in compiled[1:])
     assert counting == writing != []
     assert [kernel.count(FUSED[chip]) for kernel in compiled[1:]] == [0, 0]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_nothing_that_is_optional(shared: bool) -> None:
+    """Until Triton 3.6 a kernel may fail to compile that is given None in a tuple."""
+    q, k = torch.empty(2, 2, 1 if shared else 9, 128, 64, dtype=torch.bfloat16)
+    spans = torch.empty((40, 4), dtype=torch.int64)
+    problem = Problem(None, None, False, False, None, 0.125)
+
+    def step() -> None:
+        pointer_scores.forward(q, k, None, None, 9, problem)
+        pointer_scores.backward(torch.empty(2, 9, 128, 128, dtype=q.dtype), q, k, False, False, problem)
+        pointer_decode.decode(q, k, None, None, 9, problem, 0.0, 7)
+        _, saved = pointer_loss.forward(q, k, None, None, spans, None, 9, problem)
+        pointer_loss.backward(torch.empty(2, 9), 1.0, saved, None, None, q.dtype, problem)
+
+    assert len(compile_for("sm_90", step)) == 12 + shared
 
 
 # Rows, D, classes and dtypes for each plan that plan() can pick. Vectors and classes whose number 16 divides, and not.
