@@ -256,13 +256,13 @@ def direct_weights(s, n, rows, terms):
 
 
 @triton.jit
-def direct_vectors(rows, terms, group, shape, tile):
-    """dx R k of rows: [GATHERED, VECTOR]."""
+def direct_vectors(rows, terms, group, shape, tile, BN: tl.constexpr):
+    """dx R k of rows: [GATHERED, VECTOR]; BN columns at a time."""
     d = tl.zeros([GATHERED, tile.VECTOR], dtype=tl.float32)
     first, stop = columns_of_rows(rows, group, shape, tile)
-    for n_first in tl.range(first, stop, tile.BN, num_stages=2):
-        n = n_first + tl.arange(0, tile.BN)
-        k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
+    for n_first in tl.range(first, stop, BN, num_stages=2):
+        n = n_first + tl.arange(0, BN)
+        k_n = load_vectors(group.k, n_first, BN, tile.VECTOR)
         dx = direct_weights(direct_scores(k_n, n, rows, group, shape, tile), n, rows, terms)  # [GATHERED, BN]
         d = tl.dot(dx.to(tile.TABLE), k_n.x.to(tile.TABLE), acc=d, input_precision=tile.PRECISION)
     return d

@@ -514,7 +514,7 @@ def list_vectors(group, spans, within, upstream, d_listed, shape, tile):
     for p_first in range(within[0], within[1], within[2]):
         p = p_first + tl.arange(0, GATHERED)
         rows = load_rows(group, spans, p, within[1], shape, tile)
-        d_q = direct_vectors(rows, load_terms(group, upstream, rows, shape), group, shape, tile)
+        d_q = direct_vectors(rows, load_terms(group, upstream, rows, shape), group, shape, tile, tile.BN)
         tl.store(d_listed + p.to(tl.int64)[:, None] * tile.VECTOR + d, d_q, mask=rows.live[:, None])
 
 
@@ -634,7 +634,7 @@ def vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS: 
             rows = load_unsafe(group, h, i + tl.arange(0, GATHERED), count, shape, tile)
             terms = load_terms(group, upstream, rows, shape)
             here = rows.live & (rows.m >= first) & (rows.m < first + tile.TOKENS)
-            d_rows = direct_vectors(only(rows, here), terms, group, shape, tile)  # the others are 0
+            d_rows = direct_vectors(only(rows, here), terms, group, shape, tile, tile.FEW)  # the others are 0
             dx = weigh(k, first, rows, terms, group, shape, tile)
             d_q, d_k = add_vectors(d_q, d_k, first, rows, d_rows, dx, tile)
     return unmark(d_q), d_k

@@ -23,7 +23,7 @@ class Tile:
     BM: Any  # rows and columns of a tile in the sweeps along the rows
     BN: Any
     BACK_BM: Any  # and along the columns, of the same width: a row's rho must cover the same columns everywhere
-    FEW: Any  # columns of unsafe rows at a time in launch 3: as few registers as let all its programs run at once
+    FEW: Any  # columns of unsafe rows at a time in launches 3 and 5: as few registers as let launch 3 run all at once
     TOKENS: Any  # to a program that turns back
     HEADS: Any  # to a program: forward
     BACK_HEADS: Any  # and backward; heads are padded to a multiple of it
@@ -195,11 +195,11 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
         )
     # Three operands where tf32x3 multiplies: small tiles, eight warps, and always 64 heads, as fewer would spill.
     heads = 1 if heads == 1 else 64
-    direct_warps = 16 if vector > 128 else 8
     if dtype == torch.float32 and vector > 64:
-        return Plan(16 if vector > 128 else 32, 32, 32, 32, 32, 16, heads, heads, 8, 1, 8, direct_warps, 2)
+        chunk, few = (16, 16) if vector > 128 else (32, 32)
+        return Plan(chunk, 32, 32, 32, few, 16, heads, heads, 8, 1, 8, 8, 2)
     few, combine_warps = (32, 1) if dtype == torch.float32 else (16, 2)
-    return Plan(vector, 32, 32, 32, few, 16, heads, heads, 4, combine_warps, 8, direct_warps, 2)
+    return Plan(vector, 32, 32, 32, few, 16, heads, heads, 4, combine_warps, 8, 8, 2)
 
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

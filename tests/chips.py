@@ -28,6 +28,9 @@ class Chip(NamedTuple):
     shared_limit: int  # bytes a block may use
 
 
+REGISTERS = 1 << 16  # that a block may use, of NVIDIA's chips. Of a thread their number is rounded up to 8
+
+
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 166912),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 232448),
@@ -60,6 +63,7 @@ class Compiled:
     name: str
     shared: int  # bytes
     spills: int  # bytes of local memory a thread; on AMD spilled vector registers as well
+    registers: int  # of a block. On AMD's chips 0: there the compiler knows how many threads must fit
     disassemble: Callable[[], str]  # which takes as long as compiling
 
     @cached_property
@@ -98,12 +102,15 @@ def _report(kernel: Any) -> Compiled:
         text = kernel.asm["amdgcn"]
         # Scalar registers that do not suffice go to lanes of vector registers, not to memory, and are no spill here.
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
-        return Compiled(name, shared, spills, lambda: text)
+        return Compiled(name, shared, spills, 0, lambda: text)
     cubin = kernel.asm["cubin"]
-    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", _cuobjdump(cubin, "--dump-resource-usage")))
+    usage = _cuobjdump(cubin, "--dump-resource-usage")
+    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    of_thread = max(int(n) for n in re.findall(r"\bREG:(\d+)", usage))
+    registers = (of_thread + 7) // 8 * 8 * 32 * kernel.metadata.num_warps
     if spills and not re.search(r"\b(?:LDL|STL)\b", _cuobjdump(cubin, "-sass")):
         spills = 0  # a frame that no instruction reads or writes: Triton 3.9's assembler leaves some
-    return Compiled(name, shared, spills, lambda: _cuobjdump(cubin, "-sass"))
+    return Compiled(name, shared, spills, registers, lambda: _cuobjdump(cubin, "-sass"))
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
