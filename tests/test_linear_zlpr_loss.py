@@ -672,8 +672,8 @@ def test_more_than_2_to_the_31_numbers(large_tiles: None, rows: int, size: int, 
     inputs = {**part, "weight": part["weight"].repeat(100, 1), "bias": part["bias"].repeat(100)}
     loss, hidden, weight, bias = gradients(inputs)
     assert relative_error(loss, (100 * sums).log1p()) < 1e-5
-    for x in (weight, bias):
-        assert torch.equal(x[: classes // 100], x[-classes // 100 :])
+    for x in (weight, bias):  # of another block of classes, which is rounded relative to another largest score
+        assert relative_error(x[-classes // 100 :], x[: classes // 100]) < 1e-2
     assert hidden.isfinite().all()
 
 

@@ -64,6 +64,8 @@ def test_offsets_beyond_32_bits(place: Place, name: str) -> None:
     """Two vectors 2^31 elements apart: only the pages that are touched exist."""
     if place.device == "cuda" and torch.cuda.mem_get_info()[0] < 8 * 2**30:
         pytest.skip("needs 8 GiB of free GPU memory")
+    if place.device == "cuda" and name == "weight":
+        pytest.skip("cuBLAS takes no such stride, in eager PyTorch either")
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would touch them all
     inputs = layer(2, 16, 2, 1, torch.float16, place.device)
     far = torch.empty(2**31 + 16, dtype=torch.float16, device=place.device).as_strided((2, 16), (2**31, 1))

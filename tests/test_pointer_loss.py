@@ -370,10 +370,10 @@ def infinite(case: str, inputs: dict[str, Any]) -> dict[str, Any]:
     if "head" in case:
         inputs["start"][0, 0] = torch.inf
     if "product" in case:
-        inputs["q"][0, ..., 3, :] = -1e25 if "negative" in case else 1e25
-        inputs["k"][0, ..., 7, :] = 1e25
+        inputs["q"][0, ..., 3, :] = -1e20 if "negative" in case else 1e20
+        inputs["k"][0, ..., 7, :] = 1e20
     if "below the triangle" in case:  # where it is no matter
-        inputs["q"][0, ..., 9, :], inputs["k"][0, ..., 2, :] = 1e25, 1e25
+        inputs["q"][0, ..., 9, :], inputs["k"][0, ..., 2, :] = 1e20, 1e20
     return inputs
 
 
@@ -384,7 +384,8 @@ INFINITE = ["start", "end", "start and end", "a head", "product", "negative prod
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("case", INFINITE)
 def test_inf_is_inf_where_it_is_in_eager(place: Place, case: str, shared: bool, labels: list[float] | None) -> None:
-    """A loss of inf, and a gradient of NaN in the cells of inf alone. The products overflow in float32: so eager's."""
+    """A loss of inf, and a gradient of NaN in the cells of inf alone. The products overflow in float32: so eager's.
+    Beyond 1e42 those of the small parts of tf32x3 do as well, with signs of their own."""
     inputs = infinite(case, problem((2, 3, 20, 8), shared, device=place.device))
     # Of the inf themselves, of their rows and columns, and of others.
     spans = [[0, 1, 4, 9], [0, 2, 5, 6], [0, 0, 3, 7], [0, 1, 3, 8], [0, 0, 2, 2], [1, 1, 2, 5]]
