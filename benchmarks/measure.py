@@ -8,11 +8,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,7 @@ USUAL_CACHE = 1 << 26
 MOST_SETS = 128
 # A pass that need take no longer than this is timed without its launches too: inside a CUDA graph.
 LAUNCH_BOUND = 100e-6
+LONGEST_REPLAY = 0.1  # seconds of such a graph, launches included
 # Of an op on one number, to learn what a launch takes.
 LAUNCHES = 1000
 
@@ -130,7 +132,7 @@ def measure_ceilings(device: torch.device, dtypes: set[torch.dtype], seconds: fl
         singles = torch.rand((n, n), device=device)
         runs["tf32"] = lambda _: tf32_product(singles)
         launches["launch in a graph"] = replay_of(lambda _: number.add_(1.0), LAUNCHES)
-    timed = interleave(runs, device, seconds) | interleave(launches, device, seconds, LAUNCHES)
+    timed = interleave(runs, device, seconds) | interleave(launches, device, seconds, dict.fromkeys(launches, LAUNCHES))
     # What the machine can do at its best, so the quick repetitions: noise only ever lowers a ceiling.
     took = {name: time.low for name, time in timed.items() if isinstance(time, Timing)}
     return Ceilings(
@@ -210,20 +212,23 @@ def run_of(contender: Contender, sets: list[Inputs], differentiate: tuple[str, .
 def measure_runs(
     runs: dict[str, Run], device: torch.device, seconds: float, in_graph: int = 0
 ) -> dict[str, Measurement]:
-    """Time and peak memory of each run and, if asked, its time inside a CUDA graph of so many repetitions."""
+    """Time and peak memory of each run and, if asked, its time inside a CUDA graph of up to so many repetitions."""
     measured = {name: Measurement(time) for name, time in interleave(runs, device, seconds).items()}
     able = [name for name, m in measured.items() if isinstance(m.time, Timing)]
     for name in able:
         measured[name].peak = attempt(peak_memory, runs[name], device)
     if in_graph:
-        replays = {name: replay_of(runs[name], in_graph) for name in able}
-        for name, time in interleave(replays, device, seconds, in_graph).items():
+        # Of a slow one fewer repetitions: what it stores between its kernels leaves the cache no input anyway.
+        fitting = {name: int(LONGEST_REPLAY / (measured[name].number("time") or 1.0)) for name in able}
+        repetitions = {name: max(1, min(in_graph, n)) for name, n in fitting.items()}
+        replays = {name: replay_of(runs[name], n) for name, n in repetitions.items()}
+        for name, time in interleave(replays, device, seconds, repetitions).items():
             measured[name].graph = time
     return measured
 
 
 def interleave(
-    runs: dict[str, Run], device: torch.device, seconds: float, repetitions: int = 1
+    runs: dict[str, Run], device: torch.device, seconds: float, repetitions: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Timing | Failure]:
     """Times of the runs, in rounds that give each its turn, so that noise of the machine hits them all alike.
 
@@ -231,7 +236,7 @@ def interleave(
         runs: by name; one that raises leaves the rounds.
         device: where they run.
         seconds: for each run, warm-up aside.
-        repetitions: how many a run holds.
+        repetitions: how many a run holds, where that is not one.
     """
     clock = cuda_clock if device.type == "cuda" else cpu_clock
     samples: dict[str, list[float] | Failure] = {}
@@ -247,7 +252,7 @@ def interleave(
             if not isinstance(before, Failure):
                 samples[name] = new if isinstance(new, Failure) else before + new
     return {
-        name: taken if isinstance(taken, Failure) else Timing.of([t / repetitions for t in taken])
+        name: taken if isinstance(taken, Failure) else Timing.of([t / repetitions.get(name, 1) for t in taken])
         for name, taken in samples.items()
     }
 

@@ -66,7 +66,7 @@ def test_tests_that_are_cut_off_are_counted(tmp_path: Path) -> None:
     async def cut_when_slow() -> None:
         # As main does. A shell's job in the background ignores SIGINT, and so would its children.
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, the_pass.cut_off)
-        tests = asyncio.create_task(the_pass.test(file, the_pass.end))
+        tests = asyncio.create_task(the_pass.test([file], the_pass.end))
         while "test_wrong" not in (tmp_path / "log.txt").read_text():
             await asyncio.sleep(0.1)
         await asyncio.sleep(0.5)
@@ -80,10 +80,21 @@ def test_tests_that_are_cut_off_are_counted(tmp_path: Path) -> None:
     assert "::test_slow" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("status, expected", [(0, "ok"), (gpu.FOUND, "WRONG"), (1, "FAILED: exit status 1")])
-def test_the_sanitizer_is_believed(status: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "status, place, expected",
+    [
+        (0, "", "ok"),
+        (gpu.FOUND, "", "WRONG"),
+        (gpu.FOUND, "Write access at sweep_kernel+0x20", "WRONG"),
+        (gpu.FOUND, "Write access at nvjet_sm90_splitK+0x20", "ok"),
+        (1, "", "FAILED: exit status 1"),
+    ],
+)
+def test_the_sanitizer_is_believed(
+    status: int, place: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool, child = tmp_path / "compute-sanitizer", tmp_path / "child.py"
-    tool.write_text(f'#!/bin/sh\nshift 4; "$@"; echo "ERROR SUMMARY: so many"; exit {status}\n')
+    tool.write_text(f'#!/bin/sh\nshift 4; "$@"; echo "{place}"; echo "ERROR SUMMARY: so many"; exit {status}\n')
     tool.chmod(0o755)
     child.write_text(f"import json, os\n{SAYS}\n")
     monkeypatch.setattr(gpu, "WORKER", [sys.executable, str(child)])
