@@ -38,7 +38,7 @@ USUAL_CACHE = 1 << 26
 MOST_SETS = 128
 # A pass that need take no longer than this is timed without its launches too: inside a CUDA graph.
 LAUNCH_BOUND = 100e-6
-LONGEST_REPLAY = 0.1  # seconds of such a graph, launches included
+LONGEST_REPLAY = 0.03  # seconds of such a graph, launches included
 # Of an op on one number, to learn what a launch takes.
 LAUNCHES = 1000
 

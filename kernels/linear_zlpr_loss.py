@@ -11,12 +11,15 @@ exp(s), where listed cells are set to 0 if t = 1: they are never subtracted. Bac
 
 so c stands in the small operands, listed cells ride in the same products, and where g = 0 nothing is divided by it.
 
-    forward    1  listed   x
-               2  exponentials: product, E, and its sums over each row of each tile, in one
-    backward   block of classes after block, G in scratch memory:
-               3  rescale  rows of E that forward kept in the memory of the gradient of W, as many as fit; or 2 again
-               4  put      listed cells
-               5  matrix products, by the library
+    forward    1  number, sort (the library's), arrange, bounds: the listed cells, by tile
+               2  listed   x
+               3  exponentials: product, E, and its sums over each row of each tile, in one
+               4  merge    the sums of tiles, and of each row's positives
+    backward   5  scales   l_n and c; 1 gives the bounds again
+               then block of classes after block, G in scratch memory:
+               6  rescale  rows of E that forward kept in the memory of the gradient of W, as many as fit; or 3 again
+               7  put      listed cells
+               8  matrix products, by the library
 
 A row of a tile is computed under a pivot p of its own, its largest score: E exp(-p). The sums of tiles are merged in a
 fixed order, as numbers (m, S) that stand for S exp(m), m >= 0. Backward puts all tiles under the l_n of a row, so that
@@ -39,15 +42,16 @@ import torch
 import triton
 import triton.language as tl
 
-from flashpointer.problem import Listed, LogSums, positive_sums
+from flashpointer.problem import Listed, Lists, LogSums
 
 from .cells import all_registers, constant, float32_precision, strides
 from .rows import FLOAT_MAX, LOG2_E, exp
 
 PARTIALS = 1 << 25  # sums of rows of tiles at a time
-SCRATCH = 1 << 26  # elements of G, or of a block of dW
+SCRATCH = 1 << 26  # elements of G, or of a block of dW in float32
 LISTED = 16  # cells to a program
 LANES = 1024
+MERGED = 8  # rows to a program that merges sums
 
 # --- what belongs together -----------------------------------------------------------------------------------------
 
@@ -191,6 +195,68 @@ def exponentials_kernel(
 
 
 @triton.jit
+def load_listed(positives, j, count, per_row, stride_r, stride_p):
+    """Row and class of the listed cells j, as they are given: [R, P]."""
+    m = j // per_row
+    return m, tl.load(positives + m * stride_r + j % per_row * stride_p, mask=j < count, other=-1)
+
+
+@triton.jit
+def number_kernel(
+    positives, numbers, count, per_row, classes, first, ignored, tiles, of_rows, stride_r, stride_p,
+    BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The tile of each listed cell [n]; ``tiles`` where none is: padding, listed before, a class of other shards."""
+    j = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    m, n = load_listed(positives, j, count, per_row, stride_r, stride_p)
+    live = (n != ignored) & (n >= first) & (n - first < classes)
+    for before in range(0, per_row):
+        earlier = (j < count) & (before < j % per_row)
+        other = tl.load(positives + m * stride_r + before * stride_p, mask=earlier, other=0)
+        live = live & ~(earlier & (other == n))
+    number = (n - first) // BN * of_rows + m // BM
+    tl.store(numbers + j, tl.where(live, number, tiles), mask=j < count)
+
+
+@triton.jit
+def arrange_kernel(
+    positives, given_labels, numbers, order, listed_rows, listed_classes, labels,
+    count, per_row, classes, first, tiles, stride_r, stride_p, stride_lr, stride_lp,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The listed cells in order: that of their tiles, numbers [n]."""
+    i = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    j = tl.load(order + i, mask=i < count, other=0)
+    m, n = load_listed(positives, j, count, per_row, stride_r, stride_p)
+    live = tl.load(numbers + i, mask=i < count, other=0) < tiles
+    tl.store(listed_rows + i, m, mask=i < count)
+    tl.store(listed_classes + i, tl.where(live, n - first, classes), mask=i < count)
+    if labels is not None:
+        t = tl.load(given_labels + m * stride_lr + j % per_row * stride_lp, mask=i < count, other=0.0)
+        tl.store(labels + i, t, mask=i < count)
+
+
+@triton.jit
+def bounds_kernel(
+    listed_rows, listed_classes, bounds, count, classes, tiles, of_rows, steps,
+    BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Where the listed cells of each tile begin, [tiles + 1]: found by halving, in ``steps``."""
+    tile_of = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    low = tl.zeros([LANES], dtype=tl.int64)
+    high = low + count
+    for _ in range(0, steps):
+        i = (low + high) // 2
+        m = tl.load(listed_rows + i, mask=low < high, other=0)
+        n = tl.load(listed_classes + i, mask=low < high, other=0)
+        number = tl.where(n < classes, n // BN * of_rows + m // BM, tiles)
+        below = (low < high) & (number < tile_of)
+        high = tl.where(below, high, i)
+        low = tl.where(below, i + 1, low)
+    tl.store(bounds + tile_of, low, mask=tile_of <= tiles)
+
+
+@triton.jit
 def listed_kernel(
     hidden, weight, bias, listed_rows, listed_classes, labels, x, count, classes, size,
     stride_hn, stride_hd, stride_wn, stride_wd, stride_b,
@@ -222,7 +288,7 @@ def listed_kernel(
 
 @triton.jit
 def put_kernel(
-    out, listed_rows, listed_classes, positives, bounds, first_class, width, of_rows,
+    out, listed_rows, listed_classes, x, m_p, ratios, bounds, first_class, width, of_rows,
     BN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Of the listed cells of BN classes to a program, in a block [R, width]: what is there less the positives' part."""
@@ -233,8 +299,10 @@ def put_kernel(
         m = tl.load(listed_rows + i, mask=i < stop, other=0)
         n = tl.load(listed_classes + i, mask=i < stop, other=0)
         at = out + m * width + n - first_class
+        of_cell = tl.load(x + i, mask=i < stop, other=0.0) - tl.load(m_p + m, mask=i < stop, other=0.0)
+        positive = tl.exp(of_cell) * tl.load(ratios + m, mask=i < stop, other=0.0)
         e = tl.load(at, mask=i < stop, other=0.0).to(tl.float32)
-        tl.store(at, (e - tl.load(positives + i, mask=i < stop, other=0.0)).to(out.dtype.element_ty), mask=i < stop)
+        tl.store(at, (e - positive).to(out.dtype.element_ty), mask=i < stop)
 
 
 @triton.jit
@@ -250,6 +318,93 @@ def rescale_kernel(kept, pivots, l_n, out, rows, width, BM: tl.constexpr, BN: tl
     inside = (m < rows)[:, None] & (n < width)[None, :]
     e = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
     tl.store(out + at, e.to(out.dtype.element_ty), mask=inside)
+
+
+# --- of each row ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def merge_kernel(
+    pivots, partials, listed_rows, x, m_n, S_n, m_p, S_p, tiles, first_row, stop_row, count,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Both sums of ROWS rows to a program: of tiles, pivots and partials [tiles, these rows], and of listed cells."""
+    m = first_row + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    height = stop_row - first_row
+    inside = (m < stop_row)[None, :]
+    largest = tl.zeros([LANES, ROWS], dtype=tl.float32)
+    for t_first in range(0, tiles, LANES):
+        t = t_first + tl.arange(0, LANES).to(tl.int64)
+        at = (t * height)[:, None] + (m - first_row)[None, :]
+        largest = tl.maximum(largest, tl.load(pivots + at, mask=inside & (t < tiles)[:, None], other=0.0))
+    top = tl.max(largest, axis=0)
+    total = tl.zeros([LANES, ROWS], dtype=tl.float32)
+    for t_first in range(0, tiles, LANES):
+        t = t_first + tl.arange(0, LANES).to(tl.int64)
+        at = (t * height)[:, None] + (m - first_row)[None, :]
+        p = tl.load(pivots + at, mask=inside & (t < tiles)[:, None], other=float("-inf"))
+        total += tl.exp(p - top[None, :]) * tl.load(partials + at, mask=inside & (t < tiles)[:, None], other=0.0)
+    tl.store(m_n + m, top, mask=m < stop_row)
+    tl.store(S_n + m, tl.sum(total, axis=0), mask=m < stop_row)
+    largest = tl.zeros([LANES, ROWS], dtype=tl.float32)
+    for first in range(0, count, LANES):
+        largest = tl.maximum(largest, exponents_of(listed_rows, x, m, first, count, LANES))
+    top = tl.minimum(tl.max(largest, axis=0), FLOAT_MAX)
+    total = tl.zeros([LANES, ROWS], dtype=tl.float32)
+    for first in range(0, count, LANES):
+        total += tl.exp(exponents_of(listed_rows, x, m, first, count, LANES) - top[None, :])
+    tl.store(m_p + m, top, mask=m < stop_row)
+    tl.store(S_p + m, tl.sum(total, axis=0), mask=m < stop_row)
+
+
+@triton.jit
+def exponents_of(listed_rows, x, m, first, count, LANES: tl.constexpr):
+    """x of LANES listed cells, in the column of their row: [LANES, rows], -inf elsewhere."""
+    i = first + tl.arange(0, LANES)
+    row = tl.load(listed_rows + i, mask=i < count, other=-1)
+    of_cell = tl.load(x + i, mask=i < count, other=float("-inf"))
+    return tl.where(row[:, None] == m[None, :], of_cell[:, None], float("-inf"))
+
+
+@triton.jit
+def scales_of_rows(m_n, S_n, m_p, S_p, upstream, m, rows, LIFT: tl.constexpr):
+    """l_n, as far as float32 tells; c, in units of G; and how many units a positive's exponential under m_p is."""
+    pivot = tl.load(m_n + m, mask=m < rows, other=0.0)
+    one_n = tl.exp(-pivot) + tl.load(S_n + m, mask=m < rows, other=0.0)  # at least 1
+    one_p = tl.exp(-tl.load(m_p + m, mask=m < rows, other=0.0)) + tl.load(S_p + m, mask=m < rows, other=0.0)
+    l_n = pivot + tl.log(one_n)
+    unit = tl.where(l_n == float("inf"), 1.0, one_n * tl.exp(pivot - l_n)) * 2.0**LIFT  # of what l_n rounds away
+    g = tl.load(upstream + m, mask=m < rows, other=0.0).to(tl.float32)
+    return l_n, g / unit, unit / one_p
+
+
+@triton.jit
+def scales_kernel(
+    m_n, S_n, m_p, S_p, upstream, l_n, factors, ratios, parts, unit, rows,
+    LIFT: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Of all rows: see Scales. One program, for c in float16 needs a power of two that its largest element sets."""
+    largest = tl.zeros([LANES], dtype=tl.float32)
+    for first in range(0, rows, LANES):
+        m = first + tl.arange(0, LANES).to(tl.int64)
+        log_sum, c, ratio = scales_of_rows(m_n, S_n, m_p, S_p, upstream, m, rows, LIFT)
+        tl.store(l_n + m, log_sum, mask=m < rows)
+        tl.store(factors + m, c, mask=m < rows)
+        tl.store(ratios + m, ratio, mask=m < rows)
+        largest = tl.maximum(largest, tl.where(m < rows, tl.abs(c), 0.0))
+    power = 1.0
+    if LIFT > 0:
+        top = tl.max(largest, axis=0)
+        exponent = tl.maximum(tl.floor(tl.log2(tl.where(top > 0.0, top, 1.0))), -100.0) - 14
+        power = tl.where(top > 0.0, tl.exp2(exponent), 1.0)
+        tl.store(unit, power)
+    for first in range(0, rows, LANES):
+        m = first + tl.arange(0, LANES).to(tl.int64)
+        _, c, _ = scales_of_rows(m_n, S_n, m_p, S_p, upstream, m, rows, LIFT)
+        c = c / power
+        high = c.to(parts.dtype.element_ty)
+        tl.store(parts + 2 * m, high, mask=m < rows)
+        tl.store(parts + 2 * m + 1, (c - high.to(tl.float32)).to(parts.dtype.element_ty), mask=m < rows)
 
 
 # --- launchers -----------------------------------------------------------------------------------------------------
@@ -289,7 +444,6 @@ class Layer(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     cells: Listed  # sorted by tile
-    order: torch.Tensor  # [n]: which of the listed ones they are
     bounds: torch.Tensor  # [tiles + 1]: where those of a tile begin
     rule: Plan
     tile: Tile
@@ -301,8 +455,9 @@ class Layer(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Classes to a block: whole tiles."""
-        most: int = SCRATCH // max(1, *self.hidden.shape) // self.rule.bn
+        """Classes to a block: whole tiles. In float16 dW is made in float32, block by block."""
+        rows, size = self.hidden.shape
+        most: int = SCRATCH // max(1, rows, size if self.weight.dtype == torch.float16 else 0) // self.rule.bn
         return max(1, min(most, self.tiles)) * self.rule.bn
 
     @property
@@ -320,19 +475,43 @@ class Layer(NamedTuple):
         return floats[len(floats) - count :].view(self.tiles, self.kept_rows)
 
 
-def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed) -> Layer:
-    rows, classes = len(hidden), len(weight)
+def plan_of(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[Plan, int, int]:
+    """And how many tiles there are of rows, and in all."""
     even = all(min(x.stride()) == 1 and max(x.stride()) % 16 == 0 for x in (hidden, weight))
     rule = plan(even, hidden.dtype, torch.version.hip is not None)
+    of_rows = -(-len(hidden) // rule.bm)
+    return rule, of_rows, of_rows * -(-len(weight) // rule.bn)
+
+
+def sort_cells(hidden: torch.Tensor, weight: torch.Tensor, lists: Lists) -> Listed:
+    """By tile; those that do not count, at class C, behind all."""
+    (rule, of_rows, tiles), count, classes = plan_of(hidden, weight), lists.positives.numel(), len(weight)
+    per_row, (stride_r, stride_p) = lists.positives.shape[1], lists.positives.stride()
+    numbers, rows, at = (torch.empty(count, dtype=torch.int64, device=hidden.device) for _ in range(3))
+    labels = None if lists.labels is None else lists.labels.new_empty(count)
+    if count > 0:
+        programs = (-(-count // LANES),)
+        number_kernel[programs](
+            lists.positives, numbers, count, per_row, classes, lists.first, lists.ignore_index, tiles, of_rows,
+            stride_r, stride_p, BM=rule.bm, BN=rule.bn, LANES=LANES, num_warps=4,
+        )  # fmt: skip
+        numbers, order = numbers.sort(stable=True)
+        arrange_kernel[programs](
+            lists.positives, lists.labels, numbers, order, rows, at, labels, count, per_row, classes, lists.first,
+            tiles, stride_r, stride_p, *strides(lists.labels, 2), LANES=LANES, num_warps=4,
+        )  # fmt: skip
+    return Listed(rows, at, labels)
+
+
+def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cells: Listed) -> Layer:
+    (rule, of_rows, tiles), count, classes = plan_of(hidden, weight), len(cells.rows), len(weight)
+    bounds = torch.empty(tiles + 1, dtype=torch.int64, device=hidden.device)
+    bounds_kernel[(-(-(tiles + 1) // LANES),)](
+        cells.rows, cells.classes, bounds, count, classes, tiles, of_rows, count.bit_length(),
+        BM=rule.bm, BN=rule.bn, LANES=LANES, num_warps=4,
+    )  # fmt: skip
     tile = tile_of(rule, hidden.shape[1], classes % 16 == 0, hidden.dtype)
-    of_rows = -(-rows // rule.bm)
-    tiles = of_rows * -(-classes // rule.bn)
-    number = listed.classes // rule.bn * of_rows + listed.rows // rule.bm
-    number, order = torch.where(listed.classes < classes, number, tiles).sort(stable=True)
-    bounds = torch.searchsorted(number, torch.arange(tiles + 1, device=number.device))
-    labels = None if listed.labels is None else listed.labels[order]
-    cells = Listed(listed.rows[order], listed.classes[order], labels)
-    return Layer(hidden, weight, bias, cells, order, bounds, rule, tile)
+    return Layer(hidden, weight, bias, cells, bounds, rule, tile)
 
 
 def launch_exponentials(
@@ -344,7 +523,7 @@ def launch_exponentials(
     partials: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
     """See exponentials_kernel; ``store`` are its out, kept, before."""
-    hidden, weight, bias, cells, _, bounds, rule, tile = layer
+    hidden, weight, bias, cells, bounds, rule, tile = layer
     tiles = -(-len(rows) // rule.bm) * -(-len(classes) // rule.bn)
     exponentials_kernel[(tiles,)](
         hidden, weight, bias, *cells, bounds, l_n, store[0], *partials,
@@ -355,34 +534,39 @@ def launch_exponentials(
 
 
 def forward(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed, keep: bool
-) -> tuple[LogSums, torch.Tensor, torch.Tensor]:
-    """The sums of hidden [R, D], weight [C, D], bias [C] and n listed cells; the exponents x [n] of the positives; and
-    what backward needs of E in a tensor like weight, contiguous, or with ``keep`` False an empty one."""
-    rows, classes, count = len(hidden), len(weight), len(listed.rows)
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lists: Lists, keep: bool
+) -> tuple[LogSums, Listed, torch.Tensor, torch.Tensor]:
+    """The sums of hidden [R, D], weight [C, D], bias [C]; the listed cells, sorted by tile, and the exponents x [n] of
+    the positives; and what backward needs of E in a tensor like weight, contiguous, or with ``keep`` False an empty
+    one."""
+    rows, classes = len(hidden), len(weight)
     kept = torch.empty(weight.shape if keep else 0, dtype=weight.dtype, device=weight.device)
-    m, S = (torch.zeros(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
-    x = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    new_sums = torch.empty if classes > 0 else torch.zeros
+    sums = LogSums(*(new_sums(rows, dtype=torch.float32, device=hidden.device) for _ in LogSums._fields))
     with torch.cuda.device_of(hidden):
-        layer = prepare(hidden, weight, bias, listed)
+        cells = sort_cells(hidden, weight, lists)
+        layer, count = prepare(hidden, weight, bias, cells), len(cells.rows)
+        x = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        if count > 0:
+            listed_kernel[(-(-count // LISTED),)](
+                hidden, weight, bias, *cells, x, count, classes, hidden.shape[1],
+                *hidden.stride(), *weight.stride(), *strides(bias, 1), CELLS=LISTED, BK=128, num_warps=4,
+                **all_registers(),
+            )  # fmt: skip
         kept_rows, tiles = layer.kept_rows if keep else 0, layer.tiles
         height = max(1, PARTIALS // max(1, tiles) // layer.rule.bm) * layer.rule.bm
         edges = sorted({*range(0, rows, height), kept_rows, rows})
         for first, stop in pairwise(edges if classes > 0 else []):
-            pivots, partials = (x.new_empty((tiles, stop - first)) for _ in range(2))
+            pivots, partials = torch.empty((2, tiles, stop - first), dtype=torch.float32, device=hidden.device)
             store = (kept if stop <= kept_rows else None, kept_rows, kept_rows)
             launch_exponentials(layer, range(first, stop), range(classes), store, None, (pivots, partials))
+            merge_kernel[(-(-(stop - first) // MERGED),)](
+                pivots, partials, cells.rows, x, *sums, tiles, first, stop, count,
+                ROWS=MERGED, LANES=LANES // MERGED, num_warps=4,
+            )  # fmt: skip
             if stop <= kept_rows:
                 layer.pivots(kept)[:, first:stop] = pivots
-            m[first:stop] = pivots.amax(0).clamp_(min=0)
-            S[first:stop] = pivots.sub_(m[first:stop]).exp_().mul_(partials).sum(0)
-        if count > 0:
-            listed_kernel[(-(-count // LISTED),)](
-                hidden, weight, bias, *listed, x, count, classes, hidden.shape[1],
-                *hidden.stride(), *weight.stride(), *strides(bias, 1), CELLS=LISTED, BK=128, num_warps=4,
-                **all_registers(),
-            )  # fmt: skip
-    return LogSums(m, S, *positive_sums(x, listed.rows, rows)), x, kept
+    return sums, cells, x, kept
 
 
 # --- backward ------------------------------------------------------------------------------------------------------
@@ -393,23 +577,32 @@ class Scales(NamedTuple):
 
     l_n: torch.Tensor  # [R], as far as float32 tells
     factors: torch.Tensor  # [R]: c, in units of G
-    positives: torch.Tensor  # [n]: what is taken from G at the cells, in their order
+    ratios: torch.Tensor  # [R]: so many units is a positive's exponential under m_p
+    parts: torch.Tensor  # [R, 2]: c in two parts of the weight's dtype, for what it sums may cancel
+    unit: torch.Tensor | None  # of parts, in float16
 
 
-def scales_of(layer: Layer, x: torch.Tensor, sums: LogSums, upstream: torch.Tensor) -> Scales:
-    one_n, one_p = torch.exp(-sums.m_n) + sums.S_n, torch.exp(-sums.m_p) + sums.S_p  # at least 1
-    l_n = sums.m_n + torch.log(one_n)
-    unit = one_n * torch.exp(sums.m_n - l_n)  # of what l_n rounds away
-    unit = torch.where(l_n == torch.inf, 1.0, unit) * 2.0**layer.tile.LIFT.value
-    x, rows = x[layer.order], layer.cells.rows
-    positives = torch.exp(x - sums.m_p[rows]) * (unit / one_p)[rows]
-    return Scales(l_n, upstream.float() / unit, positives)
+def scales_of(layer: Layer, sums: LogSums, upstream: torch.Tensor) -> Scales:
+    rows, dtype, device = len(layer.hidden), layer.hidden.dtype, layer.hidden.device
+    l_n, factors, ratios = torch.empty((3, rows), dtype=torch.float32, device=device)
+    parts = torch.empty((rows, 2), dtype=dtype, device=device)
+    unit = torch.empty((), dtype=torch.float32, device=device) if dtype == torch.float16 else None
+    scales_kernel[(1,)](
+        *sums, upstream, l_n, factors, ratios, parts, unit, rows, LIFT=layer.tile.LIFT, LANES=LANES, num_warps=4
+    )
+    return Scales(l_n, factors, ratios, parts, unit)
 
 
 def fill_block(
-    layer: Layer, g: torch.Tensor, classes: range, scales: Scales, kept: torch.Tensor, pivots: torch.Tensor
+    layer: Layer,
+    g: torch.Tensor,
+    classes: range,
+    positives: tuple[torch.Tensor, torch.Tensor],
+    scales: Scales,
+    kept: torch.Tensor,
+    pivots: torch.Tensor,
 ) -> None:
-    """g [R, classes] = G."""
+    """g [R, classes] = G; ``positives`` are x and m_p."""
     (rows, width), rule, cells = g.shape, layer.rule, layer.cells
     kept_rows, tiles = pivots.shape[1], -(-width // rule.bn)
     if kept_rows > 0:
@@ -421,8 +614,8 @@ def fill_block(
         launch_exponentials(layer, range(kept_rows, rows), classes, (g, rows, 0), scales.l_n)
     if len(cells.rows) > 0:
         put_kernel[(tiles,)](
-            g, cells.rows, cells.classes, scales.positives, layer.bounds, classes.start, width, -(-rows // rule.bm),
-            BN=rule.bn, LANES=LANES, num_warps=4,
+            g, cells.rows, cells.classes, *positives, scales.ratios, layer.bounds, classes.start, width,
+            -(-rows // rule.bm), BN=rule.bn, LANES=LANES, num_warps=4,
         )  # fmt: skip
 
 
@@ -444,8 +637,10 @@ def product(a: torch.Tensor, b: torch.Tensor, unit: torch.Tensor | None) -> torc
     return out if unit is None else out.mul_(unit)
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The total [rows, columns], float32, plus a b."""
+def add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The total [rows, columns], float32, if there is one, plus a b."""
+    if total is None:
+        return product(a, b, None)
     if a.dtype == torch.float32 or not a.is_cuda:
         return total.addmm_(a.float(), b.float())
     return torch.addmm(total, a, b, out_dtype=torch.float32)
@@ -467,31 +662,30 @@ def backward(
     merged over all ranks, and upstream [R]. That of weight is written over kept, if that is not empty; or given to
     ``weight_grad`` block by block, in float32."""
     (rows, size), classes = hidden.shape, len(weight)
-    of_hidden = torch.zeros((rows, size), dtype=torch.float32, device=hidden.device) if wanted[0] else None
-    of_weight = of_bias = None
+    of_hidden = of_weight = of_bias = None
+    if wanted[0] and classes == 0:
+        of_hidden = torch.zeros((rows, size), dtype=torch.float32, device=hidden.device)
     if wanted[1] and weight_grad is None:
         of_weight = kept if kept.numel() > 0 else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if wanted[2] and bias is not None:
         of_bias = torch.empty(classes, dtype=bias.dtype, device=bias.device)
     with torch.cuda.device_of(hidden):
         layer = prepare(hidden, weight, bias, listed)
-        scales = scales_of(layer, x, sums, upstream)
+        scales = scales_of(layer, sums, upstream)
         pivots = layer.pivots(kept).clone() if kept.numel() > 0 else kept.new_empty((0, 0), dtype=torch.float32)
         dtype, block = hidden.dtype, layer.block
+        if weight_grad is not None:  # which is given blocks in float32
+            block = min(block, max(1, SCRATCH // max(1, size) // layer.rule.bn) * layer.rule.bn)
         if of_weight is not None or weight_grad is not None:
-            shares, unit = in_range(hidden.float() * scales.factors[:, None], dtype)
+            shares, unit = in_range(hidden * scales.factors[:, None], dtype)
             shares = shares.to(dtype)  # c h
-        if of_bias is not None:
-            factors, unit_b = in_range(scales.factors, dtype)
-            high = factors.to(dtype)
-            factors = torch.stack([high, (factors - high).to(dtype)], 1)  # c in two parts: what it sums may cancel
         scratch = torch.empty(rows * min(block, classes), dtype=dtype, device=hidden.device)
         blocks = range(0, classes, block)
         for first in blocks if kept.numel() == 0 else reversed(blocks):
             some = range(first, min(first + block, classes))
             g = scratch[: rows * len(some)].view(rows, len(some))
-            fill_block(layer, g, some, scales, kept, pivots)
-            if of_hidden is not None:
+            fill_block(layer, g, some, (x, sums.m_p), scales, kept, pivots)
+            if wanted[0]:
                 of_hidden = add_product(of_hidden, g, weight[first : some.stop])
             if weight_grad is not None:
                 weight_grad(first, product(g.t(), shares, unit))
@@ -500,7 +694,7 @@ def backward(
             elif of_weight is not None:
                 of_weight[first : some.stop] = product(g.t(), shares, unit)
             if of_bias is not None:
-                of_bias[first : some.stop] = product(g.t(), factors, unit_b).sum(1)
+                of_bias[first : some.stop] = product(g.t(), scales.parts, scales.unit).sum(1)
         if of_hidden is not None:
             of_hidden.mul_(scales.factors[:, None])
     return of_hidden, of_weight, of_bias

@@ -25,7 +25,7 @@ from flashpointer.kernels import (  # noqa: E402
     zlpr_loss,
 )
 
-from flashpointer.problem import Problem, listed_cells  # noqa: E402
+from flashpointer.problem import Lists, Problem  # noqa: E402
 
 from .chips import CHIPS, REGISTERS, Compiled, compiling_for  # noqa: E402
 from .conftest import INTERPRETED  # noqa: E402
@@ -319,21 +319,20 @@ def test_linear_zlpr_loss(
     soft = classes % 16 == 0
     bias = None if soft else torch.empty(classes, dtype=scores_dtype)
     labels = torch.ones(rows, 2) if soft else None
-    listed = listed_cells(torch.zeros(rows, 2, dtype=torch.int64), labels, -100, 0, classes)
+    lists = Lists(torch.zeros(rows, 2, dtype=torch.int64), labels, -100, 0)
 
     def step() -> None:
-        sums, x, kept = linear_zlpr_loss.forward(hidden, weight, bias, listed, True)
+        sums, listed, x, kept = linear_zlpr_loss.forward(hidden, weight, bias, lists, True)
         wanted = (True, True, bias is not None)
         arguments = (hidden, weight, bias, listed, x, kept, sums, torch.empty(rows), wanted, None)
         assert linear_zlpr_loss.backward(*arguments)[1] is kept
 
     kernels = compile_for(chip, step)
-    kept = linear_zlpr_loss.prepare(hidden, weight, bias, listed).kept_rows
-    again = ["exponentials"] * (kept < rows)
-    forward = ["exponentials"] * (kept > 0) + again + ["listed"]
     names = [kernel.name.removesuffix("_kernel") for kernel in kernels]
-    assert names == forward + ["rescale"] * (kept > 0) + again + ["put"]
     rule = linear_zlpr_loss.plan(size % 16 == 0, scores_dtype, chip == "gfx942")
+    kept = size // rule.bm > 0  # a tile of rows at least, and here never all
+    forward = ["number", "arrange", "bounds", "listed", *["exponentials", "merge"] * (1 + kept)]
+    assert names == [*forward, "bounds", "scales", *["rescale"] * kept, "exponentials", "put"]
     copies = (rule.bm + rule.bn) * rule.bk * scores_dtype.itemsize // (16 * 32 * rule.num_warps)  # of an iteration
     for kernel in (kernel for kernel in kernels if kernel.name == "exponentials_kernel"):
         assert kernel.count(MATRIX[chip]) > 0

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from flashpointer.kernels import linear_zlpr_loss as kernels
 
 import flashpointer as fp
+from flashpointer.problem import Listed, Lists, listed_cells
 from flashpointer.tiled import linear_zlpr_loss as tiled
 
 from .conftest import Place
@@ -45,6 +46,38 @@ def test_blocks_of_the_gradient_ascend(place: Place, small_blocks: None) -> None
     firsts = [first for first, _ in blocks]
     assert firsts == sorted(firsts) and len(firsts) > 1
     torch.testing.assert_close(torch.cat([grad for _, grad in blocks]), expected)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_cells_are_sorted_by_tile(place: Place, labelled: bool) -> None:
+    """The same cells as on the tiled path, in the order of their tiles, with where those of each tile begin. Among the
+    classes are padding, some listed twice, those of other shards, and some that no tensor has."""
+    if place.backend == "tiled":
+        return  # whose own order is that of the classes
+    rows, per_row, first, classes = 300, 7, 40, 500
+    positives = torch.randint(30, 560, (per_row, rows), device=place.device).T
+    positives[::3, 2:5] = torch.tensor([-100, 2**40, 2**63 - 1], device=place.device)
+    positives[1::3, 6] = positives[1::3, 0]
+    labels = torch.rand(rows, per_row, device=place.device) if labelled else None
+    lists = Lists(positives, labels, -100, first)
+    hidden, weight = (torch.zeros(n, 16, device=place.device) for n in (rows, classes))
+    cells = kernels.sort_cells(hidden, weight, lists)
+    by_class = listed_cells(lists, classes)
+
+    def live(listed: Listed) -> list[tuple[float, ...]]:
+        columns = [x.tolist() for x in listed if x is not None]
+        return sorted(cell for cell in zip(*columns, strict=True) if cell[1] < classes)
+
+    assert live(cells) == live(by_class) != []
+    of_row = cells.rows.bincount(minlength=rows)
+    assert of_row.eq(per_row).all()
+    layer = kernels.prepare(hidden, weight, None, cells)
+    bm, bn = layer.rule.bm, layer.rule.bn
+    of_rows = -(-rows // bm)
+    tiles = [c // bn * of_rows + r // bm for r, c in zip(cells.rows.tolist(), cells.classes.tolist(), strict=True)]
+    count = len(live(cells))
+    assert tiles[:count] == sorted(tiles[:count])
+    assert layer.bounds.tolist() == [sum(t < tile for t in tiles[:count]) for tile in range(len(layer.bounds))]
 
 
 @pytest.mark.parametrize("level, upstream", [(-14.0, 2.0**14), (14.0, 2.0**-4)])

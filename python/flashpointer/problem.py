@@ -60,8 +60,17 @@ def flat_rows(spans: torch.Tensor) -> torch.Tensor:
     return torch.cat([batch, spans], dim=2).flatten(0, 1)
 
 
+class Lists(NamedTuple):
+    """The positives of each row, as they are given."""
+
+    positives: torch.Tensor  # int64 [R, P]: classes
+    labels: torch.Tensor | None  # [R, P], 0 to 1
+    ignore_index: int  # of padding
+    first: int  # class of the shard
+
+
 class Listed(NamedTuple):
-    """The listed cells of rows and classes (a shard's), each once, sorted by class, then by row.
+    """The listed cells of rows and classes (a shard's), each once, sorted by class, then by row; in kernels by tile.
 
     There are n = R * P of them always, P of each row, however many count, so that nobody waits for their number: those
     that do not (padding, listed before, classes of other shards) stand last, at class C.
@@ -72,11 +81,9 @@ class Listed(NamedTuple):
     labels: torch.Tensor | None  # [n], 0 to 1, or negative for a cell to leave out of both terms; None: all are 1
 
 
-def listed_cells(
-    positives: torch.Tensor, labels: torch.Tensor | None, ignore_index: int, first: int, classes: int
-) -> Listed:
-    """The cells that lists [R, P] of int64 name among the classes from ``first`` on; of one listed twice the first
-    counts."""
+def listed_cells(lists: Lists, classes: int) -> Listed:
+    """The cells that lists name among so many classes; of one listed twice the first counts."""
+    positives, labels, ignore_index, first = lists
     height = max(1, positives.shape[0])
     rows = torch.arange(positives.shape[0], device=positives.device).unsqueeze(1)
     local = positives - first

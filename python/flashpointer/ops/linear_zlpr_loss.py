@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .. import backends, reference
-from ..problem import Listed, LogSums, listed_cells
+from ..problem import Listed, Lists, LogSums
 from . import _checks, _dtensor, _linear, _register, _rows, _shards
 
 OP = "linear_zlpr_loss"
@@ -164,14 +164,10 @@ def _compute(
     _check_values(positives, labels, ignore_index, classes)
     lead, lists = hidden.shape[:-1], (hidden.shape[:-1].numel(), positives.shape[-1])
     with _checks.without_autocast(hidden):
-        listed = listed_cells(
-            positives.reshape(lists),
-            None if labels is None else labels.reshape(lists),
-            ignore_index,
-            first,
-            len(weight),
+        given = Lists(positives.reshape(lists), None if labels is None else labels.reshape(lists), ignore_index, first)
+        sums, listed, x, kept = backends.implementation(OP, backend).forward(
+            _rows_of(hidden), weight, bias, given, keep
         )
-        sums, x, kept = backends.implementation(OP, backend).forward(_rows_of(hidden), weight, bias, listed, keep)
         if group is not None:
             sums = _shards.merge(sums, group)
         if labels is not None and not _checks.can_look(labels):

@@ -17,10 +17,12 @@ import torch
 
 from ._tiles import computing_dtype
 
-# Scores of a tile: 2 MiB in float32 on a CPU, where they stay in cache; elsewhere enough for the launches to be few.
-CPU_CELLS, CELLS = 1 << 19, 1 << 24
+# Scores of a tile: 2 MiB in float32 on a CPU, where they stay in cache; elsewhere 256 MiB, for a tile is 40 launches.
+CPU_CELLS, CELLS = 1 << 19, 1 << 26
 # Rows of a tile, as many as make a fast product.
 CPU_HEIGHT, HEIGHT = 512, 4096
+# Whether NVIDIA's library gives products of half precision in float32: PyTorch 2.8 and later.
+HALVES = hasattr(torch.ops.aten.mm, "dtype_out") and torch.version.hip is None
 
 
 def forward(
@@ -34,7 +36,7 @@ def forward(
     height = CPU_HEIGHT if can_look else HEIGHT
     for first in range(0, len(hidden), height):
         rows = slice(first, first + height)
-        best, of = _best(hidden[rows].to(dtype), weight, bias, k, can_look)
+        best, of = _best(hidden[rows], weight, bias, k, can_look)
         scores[rows, : best.shape[1]] = best
         classes[rows, : best.shape[1]] = of.masked_fill_(of >= len(weight), -1)
     return scores, classes
@@ -44,15 +46,17 @@ def _best(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, k: int, can_look: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a block of rows, in the computing dtype. Perhaps with classes behind the last one, whose score is -inf."""
-    rows, device = len(hidden), hidden.device
+    rows, device, dtype = len(hidden), hidden.device, computing_dtype(hidden.dtype)
+    as_it_is = weight.dtype == dtype or (HALVES and hidden.is_cuda and weight.dtype == hidden.dtype)
+    hidden = hidden.to(weight.dtype if as_it_is else dtype)
     # What is turned into the computing dtype, tile by tile, shall take no more than the scores.
-    across = max(1, rows, 0 if weight.dtype == hidden.dtype else hidden.shape[1])
+    across = max(1, rows, 0 if as_it_is else hidden.shape[1])
     width = max(1, min(len(weight), (CPU_CELLS if can_look else CELLS) // across))
     group = max(1, math.isqrt(width // k))
     every, inner = torch.arange(rows, device=device), torch.arange(group, device=device)
-    scores, classes = hidden.new_empty(rows, 0), torch.empty(rows, 0, dtype=torch.int64, device=device)
+    scores, classes = (torch.empty(rows, 0, dtype=kind, device=device) for kind in (dtype, torch.int64))
     width = math.ceil(width / group) * group
-    s = hidden.new_empty(width, rows)
+    s = scores.new_empty(width, rows)
     for first in range(0, len(weight), width):
         here = slice(first, first + width)
         _write_scores(s, hidden, weight[here], None if bias is None else bias[here])
@@ -80,10 +84,14 @@ def _best(
 def _write_scores(s: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Into s [T, R] those of at most T classes, and -inf behind them."""
     here, weight = s[: len(weight)], weight.to(hidden.dtype)
-    if bias is None:
+    if hidden.dtype != s.dtype:
+        torch.mm(weight, hidden.T, out_dtype=s.dtype, out=here)
+        if bias is not None:
+            here.add_(bias.unsqueeze(1))
+    elif bias is None:
         torch.mm(weight, hidden.T, out=here)
     else:
-        torch.addmm(bias.to(hidden.dtype).unsqueeze(1), weight, hidden.T, out=here)
+        torch.addmm(bias.to(s.dtype).unsqueeze(1), weight, hidden.T, out=here)
     s[len(weight) :].fill_(-torch.inf)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import Listed, LogSums, positive_sums
+from ..problem import Listed, Lists, LogSums, listed_cells, positive_sums
 from ._tiles import computing_dtype, small_on_one_thread
 
 CELLS = 1 << 17  # to a tile of scores: the products lose a tenth with half of them
@@ -140,14 +140,15 @@ def _work(hidden: torch.Tensor, weight: torch.Tensor, *_: object) -> int:
 
 @small_on_one_thread(_work)
 def forward(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, listed: Listed, keep: bool
-) -> tuple[LogSums, torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lists: Lists, keep: bool
+) -> tuple[LogSums, Listed, torch.Tensor, torch.Tensor]:
     """As ``kernels.linear_zlpr_loss.forward``.
 
     Returns:
-        The sums; the exponents x [n] of the positives; and, like weight but contiguous, memory for its gradient, where
-        E waits: empty if ``keep`` is False.
+        The sums; the listed cells, sorted by class; the exponents x [n] of the positives; and, like weight but
+        contiguous, memory for its gradient, where E waits: empty if ``keep`` is False.
     """
+    listed = listed_cells(lists, len(weight))
     sweep = Sweep(hidden, weight, bias, listed)
     memory = torch.empty(weight.shape if keep else 0, dtype=weight.dtype, device=weight.device)
     place_of = sweep.places(memory) if keep else None
@@ -173,7 +174,8 @@ def forward(
     x = torch.empty_like(scores)
     x[sweep.order] = scores
     x = _positives(x, listed)
-    return LogSums(m, S.to(sweep.dtype), *positive_sums(x, listed.rows, len(hidden))), x, memory
+    of_rows = LogSums(m, S.to(sweep.dtype), *positive_sums(x, listed.rows, len(hidden)))
+    return of_rows, listed, x, memory
 
 
 def _positives(scores: torch.Tensor, listed: Listed) -> torch.Tensor:
