@@ -58,7 +58,8 @@ def main() -> int:
     if arguments.tool == "model":
         return model.main(arguments.chip, arguments.op, arguments.out, console.print)
     if arguments.tool == "readme":
-        pages.README.write_text(pages.filled(pages.README.read_text("utf-8"), pages.tables()), "utf-8")
+        for page, tables in pages.tables().items():
+            page.write_text(pages.filled(page.read_text("utf-8"), tables), "utf-8")
         return 0
 
     others = OtherProcesses()

@@ -73,9 +73,10 @@ def test_each_block_of_the_readme_runs_alone() -> None:
         exec(block, {})
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert pages.filled(text, pages.tables()) == text
+@pytest.mark.parametrize("page", pages.tables(), ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert pages.filled(text, pages.tables()[page]) == text
 
 
 def test_every_public_name_is_in_the_api_reference() -> None:
