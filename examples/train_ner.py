@@ -8,7 +8,8 @@ in .jsonl, .json or either with .gz; else CoNLL columns, the token first and its
 
 A span goes from the first piece of its first word to the last piece of its last word, and a found span stands for the
 words of its pieces. What is longer than --max_length is read in windows that overlap by a quarter. Dev scores are those
-of whole sentences: an entity that no window holds lowers recall.
+of whole sentences: an entity that no window holds lowers recall. What was learned is left in the folder ``model`` of
+--output_dir, as a ``SpanModel`` and its tokenizer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from synthetic import Sentence, entities
 from torch import Tensor, nn
 
 import flashpointer as fp
+from flashpointer.hf import SpanConfig, SpanModel
 
 HEADS = {"efficient": fp.nn.EfficientGlobalPointer, "global": fp.nn.GlobalPointer}
 
@@ -140,12 +142,18 @@ def main() -> None:
         f1.update(fp.spans.from_lists(found, types), gold)
         return f1.compute()
 
-    pad = tokenizer.pad_token_id or 0
+    pad, tagger = tokenizer.pad_token_id or 0, Tagger(encoder, options.head, len(types))
     fit(
-        Tagger(encoder, options.head, len(types)), options, arguments, processing_class=tokenizer,
+        tagger, options, arguments, processing_class=tokenizer,
         data_collator=functools.partial(fp.spans.collate, heads=types, key="labels", pad_token_id=pad),
         train_dataset=examples, eval_dataset=dev_examples, compute_metrics=metrics,
     )  # fmt: skip
+    model = SpanModel(SpanConfig(encoder.config, types, HEADS[options.head].__name__), encoder)
+    model.head = tagger.head
+    folder = Path(arguments.output_dir) / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"SpanModel.from_pretrained({str(folder)!r}) of flashpointer.hf loads it, and its predict reads texts")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ for package in ("accelerate", "transformers"):
     pytest.importorskip(package, reason=f"the examples need {package}: pip install 'flashpointer[examples]'")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
+transformers = importlib.import_module("transformers")
 PROGRAMS = ("common", "synthetic", "train_ner", "train_many_labels", "train_multilabel", "train_relations")
 common, synthetic, train_ner, train_many_labels, train_multilabel, train_relations = map(
     importlib.import_module, PROGRAMS
@@ -90,6 +91,14 @@ def test_the_tagger_learns_nested_entities(run: Run, tmp_path: Path, head: str) 
     f1 = results_in(tmp_path / "out")["eval_f1"]
     assert f1 > 0.95
     assert str(round(f1, 4)) in done.out
+    folder = tmp_path / "out" / "model"
+    assert f"SpanModel.from_pretrained({str(folder)!r})" in done.out
+    texts, entities = fp.spans.join_words(*zip(*synthetic.entities(0)[1][:20], strict=True))
+    model = importlib.import_module("flashpointer.hf").SpanModel.from_pretrained(folder)
+    found = model.predict(texts, transformers.AutoTokenizer.from_pretrained(folder))
+    given = {(i, kind, start, end) for i, of in enumerate(entities) for kind, start, end in of}
+    read = {(i, e["label"], e["start"], e["end"]) for i, of in enumerate(found) for e in of}
+    assert len(given & read) > 0.9 * len(given | read)
 
 
 @pytest.mark.parametrize(
