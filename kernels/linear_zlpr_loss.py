@@ -258,12 +258,12 @@ def bounds_kernel(
 
 @triton.jit
 def listed_kernel(
-    hidden, weight, bias, listed_rows, listed_classes, labels, x, count, classes, size,
+    hidden, weight, bias, listed_rows, listed_classes, labels, order, x, by_row, count, classes, size,
     stride_hn, stride_hd, stride_wn, stride_wd, stride_b,
     CELLS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x = log t - s [n] of CELLS listed cells to a program; -inf where there is none, t is not above 0, or s is
-    -inf."""
+    -inf. Also by row, as the cells were given."""
     i = tl.program_id(0).to(tl.int64) * CELLS + tl.arange(0, CELLS)
     m = tl.load(listed_rows + i, mask=i < count, other=0)
     n = tl.load(listed_classes + i, mask=i < count, other=classes)
@@ -283,7 +283,9 @@ def listed_kernel(
         t = tl.load(labels + i, mask=here, other=0.0).to(tl.float32)
         here = here & (t > 0.0)
         of_cell = tl.log(tl.where(here, t, 1.0)) - s
-    tl.store(x + i, tl.where(here, of_cell, float("-inf")), mask=i < count)
+    of_cell = tl.where(here, of_cell, float("-inf"))
+    tl.store(x + i, of_cell, mask=i < count)
+    tl.store(by_row + tl.load(order + i, mask=i < count, other=0), of_cell, mask=i < count)
 
 
 @triton.jit
@@ -325,10 +327,10 @@ def rescale_kernel(kept, pivots, l_n, out, rows, width, BM: tl.constexpr, BN: tl
 
 @triton.jit
 def merge_kernel(
-    pivots, partials, listed_rows, x, m_n, S_n, m_p, S_p, tiles, first_row, stop_row, count,
+    pivots, partials, x, m_n, S_n, m_p, S_p, tiles, first_row, stop_row, per_row,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Both sums of ROWS rows to a program: of tiles, pivots and partials [tiles, these rows], and of listed cells."""
+    """Both sums of ROWS rows to a program: of tiles, pivots and partials [tiles, these rows], and of their x [R, P]."""
     m = first_row + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     height = stop_row - first_row
     inside = (m < stop_row)[None, :]
@@ -347,23 +349,22 @@ def merge_kernel(
     tl.store(m_n + m, top, mask=m < stop_row)
     tl.store(S_n + m, tl.sum(total, axis=0), mask=m < stop_row)
     largest = tl.zeros([LANES, ROWS], dtype=tl.float32)
-    for first in range(0, count, LANES):
-        largest = tl.maximum(largest, exponents_of(listed_rows, x, m, first, count, LANES))
+    for first in range(0, per_row, LANES):
+        largest = tl.maximum(largest, load_exponents(x, m, stop_row, first, per_row, LANES))
     top = tl.minimum(tl.max(largest, axis=0), FLOAT_MAX)
     total = tl.zeros([LANES, ROWS], dtype=tl.float32)
-    for first in range(0, count, LANES):
-        total += tl.exp(exponents_of(listed_rows, x, m, first, count, LANES) - top[None, :])
+    for first in range(0, per_row, LANES):
+        total += tl.exp(load_exponents(x, m, stop_row, first, per_row, LANES) - top[None, :])
     tl.store(m_p + m, top, mask=m < stop_row)
     tl.store(S_p + m, tl.sum(total, axis=0), mask=m < stop_row)
 
 
 @triton.jit
-def exponents_of(listed_rows, x, m, first, count, LANES: tl.constexpr):
-    """x of LANES listed cells, in the column of their row: [LANES, rows], -inf elsewhere."""
-    i = first + tl.arange(0, LANES)
-    row = tl.load(listed_rows + i, mask=i < count, other=-1)
-    of_cell = tl.load(x + i, mask=i < count, other=float("-inf"))
-    return tl.where(row[:, None] == m[None, :], of_cell[:, None], float("-inf"))
+def load_exponents(x, m, stop_row, first, per_row, LANES: tl.constexpr):
+    """Of LANES listed cells of each row: [LANES, rows], -inf where there is none."""
+    p = first + tl.arange(0, LANES)
+    inside = (p < per_row)[:, None] & (m < stop_row)[None, :]
+    return tl.load(x + (m * per_row)[None, :] + p[:, None], mask=inside, other=float("-inf"))
 
 
 @triton.jit
@@ -483,11 +484,11 @@ def plan_of(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[Plan, int, int]
     return rule, of_rows, of_rows * -(-len(weight) // rule.bn)
 
 
-def sort_cells(hidden: torch.Tensor, weight: torch.Tensor, lists: Lists) -> Listed:
-    """By tile; those that do not count, at class C, behind all."""
+def sort_cells(hidden: torch.Tensor, weight: torch.Tensor, lists: Lists) -> tuple[Listed, torch.Tensor]:
+    """By tile; those that do not count, at class C, behind all. And which of the given ones they are, [n]."""
     (rule, of_rows, tiles), count, classes = plan_of(hidden, weight), lists.positives.numel(), len(weight)
     per_row, (stride_r, stride_p) = lists.positives.shape[1], lists.positives.stride()
-    numbers, rows, at = (torch.empty(count, dtype=torch.int64, device=hidden.device) for _ in range(3))
+    numbers, order, rows, at = (torch.empty(count, dtype=torch.int64, device=hidden.device) for _ in range(4))
     labels = None if lists.labels is None else lists.labels.new_empty(count)
     if count > 0:
         programs = (-(-count // LANES),)
@@ -500,7 +501,7 @@ def sort_cells(hidden: torch.Tensor, weight: torch.Tensor, lists: Lists) -> List
             lists.positives, lists.labels, numbers, order, rows, at, labels, count, per_row, classes, lists.first,
             tiles, stride_r, stride_p, *strides(lists.labels, 2), LANES=LANES, num_warps=4,
         )  # fmt: skip
-    return Listed(rows, at, labels)
+    return Listed(rows, at, labels), order
 
 
 def prepare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cells: Listed) -> Layer:
@@ -544,12 +545,12 @@ def forward(
     new_sums = torch.empty if classes > 0 else torch.zeros
     sums = LogSums(*(new_sums(rows, dtype=torch.float32, device=hidden.device) for _ in LogSums._fields))
     with torch.cuda.device_of(hidden):
-        cells = sort_cells(hidden, weight, lists)
-        layer, count = prepare(hidden, weight, bias, cells), len(cells.rows)
-        x = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        cells, order = sort_cells(hidden, weight, lists)
+        layer, count = prepare(hidden, weight, bias, cells), len(order)
+        x, by_row = (torch.empty(count, dtype=torch.float32, device=hidden.device) for _ in range(2))
         if count > 0:
             listed_kernel[(-(-count // LISTED),)](
-                hidden, weight, bias, *cells, x, count, classes, hidden.shape[1],
+                hidden, weight, bias, *cells, order, x, by_row, count, classes, hidden.shape[1],
                 *hidden.stride(), *weight.stride(), *strides(bias, 1), CELLS=LISTED, BK=128, num_warps=4,
                 **all_registers(),
             )  # fmt: skip
@@ -561,7 +562,7 @@ def forward(
             store = (kept if stop <= kept_rows else None, kept_rows, kept_rows)
             launch_exponentials(layer, range(first, stop), range(classes), store, None, (pivots, partials))
             merge_kernel[(-(-(stop - first) // MERGED),)](
-                pivots, partials, cells.rows, x, *sums, tiles, first, stop, count,
+                pivots, partials, by_row, *sums, tiles, first, stop, lists.positives.shape[1],
                 ROWS=MERGED, LANES=LANES // MERGED, num_warps=4,
             )  # fmt: skip
             if stop <= kept_rows:

@@ -61,7 +61,8 @@ def test_cells_are_sorted_by_tile(place: Place, labelled: bool) -> None:
     labels = torch.rand(rows, per_row, device=place.device) if labelled else None
     lists = Lists(positives, labels, -100, first)
     hidden, weight = (torch.zeros(n, 16, device=place.device) for n in (rows, classes))
-    cells = kernels.sort_cells(hidden, weight, lists)
+    cells, order = kernels.sort_cells(hidden, weight, lists)
+    assert torch.equal(order // per_row, cells.rows) and order.unique().numel() == rows * per_row
     by_class = listed_cells(lists, classes)
 
     def live(listed: Listed) -> list[tuple[float, ...]]:
