@@ -1,8 +1,8 @@
 """``python -m tests``: the whole suite, in three processes, for Triton either compiles or interprets in one process.
 
-Compiling for chips takes as long as the rest: it runs beside that, and prints when that is done. Arguments go to all
-pytest runs. ``python -m tests --triton 3.6.0 3.8.0`` compiles for chips on each of these versions of Triton instead,
-downloaded beside the installed one.
+They run side by side, and two of them print when they are done. Arguments go to all pytest runs.
+``python -m tests --triton 3.6.0 3.8.0`` compiles for chips on each of these versions of Triton instead, downloaded
+beside the installed one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -27,21 +28,23 @@ def start(*arguments: str, stdout: IO[bytes] | None = None, **environment: str) 
 
 
 def all_processes(arguments: list[str]) -> int:
-    # Half of the cores each: a parallel loop waits long for a thread whose core another process has.
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
-    with TemporaryFile() as output:
-        chips = start(*arguments, stdout=output, TESTED="chips", TRITON_INTERPRET="0", OMP_NUM_THREADS=threads)
-        try:
-            rest = start(*arguments, TESTED="rest", TRITON_INTERPRET="0", OMP_NUM_THREADS=threads).wait()
-            print("\nWith Triton's interpreter", flush=True)
-            interpreted = start(*arguments, TESTED="rest", TRITON_INTERPRET="1", OMP_NUM_THREADS=threads).wait()
-            codes = [rest, interpreted, chips.wait()]
-        finally:
-            chips.kill()
-        output.seek(0)
-        print("\nCompiled for chips", flush=True)
-        shutil.copyfileobj(output, sys.stdout.buffer)
-        sys.stdout.flush()
+    # A share of the cores each: a parallel loop waits long for a thread whose core another process has.
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 3)))
+    beside = {"With Triton's interpreter": ("rest", "1"), "Compiled for chips": ("chips", "0")}
+    with ExitStack() as stack:
+        runs = []
+        for name, (part, interpret) in beside.items():
+            output = stack.enter_context(TemporaryFile())
+            run = start(*arguments, stdout=output, TESTED=part, TRITON_INTERPRET=interpret, OMP_NUM_THREADS=threads)
+            stack.callback(run.kill)
+            runs.append((name, output, run))
+        codes = [start(*arguments, TESTED="rest", TRITON_INTERPRET="0", OMP_NUM_THREADS=threads).wait()]
+        for name, output, run in runs:
+            codes.append(run.wait())
+            output.seek(0)
+            print(f"\n{name}", flush=True)
+            shutil.copyfileobj(output, sys.stdout.buffer)
+            sys.stdout.flush()
     if all(code == NOTHING_SELECTED for code in codes):
         return NOTHING_SELECTED
     # The first failure, and a signal is negative.
