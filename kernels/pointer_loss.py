@@ -14,7 +14,9 @@ of a head is l_n + l_p, l_n = log(1 + sum_m of these). Backward, with g the upst
 
 A mask is a bias of -inf, in start and in V, so that the sweeps know only triangle, band and the last kept token. rho
 may be too large: it is taken over columns that V then drops. All that matters is the bound of a row: a term is lost to
-underflow below exp(bound - 87), which beside the 1 in the logarithm is nothing while the bound is below 50.
+underflow below exp(bound - 87), which beside the 1 in the logarithm is nothing while the bound is below 50. It may not
+be too small: x - rho is one fma, so that of a large x it leaves what the rounding of rho lost, and exp makes inf of
+that. rho is a little above its maximum, and never far below 0.
 
 DIRECT ROWS are those whose bound is above 50, the unsafe ones, and those with a listed span, where the span must not be
 among the negatives, and to subtract it afterwards would cost every digit. Their A is 0, and they are computed cell by
@@ -101,6 +103,8 @@ from .zlpr_loss import log_term, pivot
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 SAFE_BOUND = tl.constexpr(50.0)
+LEAST_RHO = tl.constexpr(-(2.0**20))  # in base 2: half a digit of it, lost where it is rounded, is no exponent yet
+ABOVE = tl.constexpr(1 + 2.0**-22)
 MARK = tl.constexpr(2.0**120)
 COUNTED = 4096  # more spans are sorted by PyTorch, not by counting, whose time grows with their square
 SORTED = tl.constexpr(4)  # spans to a program that counts
@@ -210,7 +214,7 @@ def sweep_rows(group, m_first, h_first, shape, tile):
     m = m_first + tl.arange(0, tile.BM)
     factor = group.scale * LOG2E
     q_m = load_vectors(group.q, m_first, tile.BM, tile.VECTOR)
-    largest = tl.full([tile.BM], float("-inf"), dtype=tl.float32)
+    largest = tl.full([tile.BM], LEAST_RHO, dtype=tl.float32)
     sums = tl.zeros([tile.BM, tile.HEADS], dtype=tl.float32)
     first, stop = columns_of(m_first, m_first + tile.BM - 1, tl.load(group.extent), shape, tile)
     for n_first in tl.range(first, stop, tile.BN, num_stages=tile.STAGES):
@@ -219,11 +223,11 @@ def sweep_rows(group, m_first, h_first, shape, tile):
         v_n = load_heads(group.exp_ends, h_first, n_first, tile.HEADS, tile.BN, shape.padded)
         x = multiply(q_m, k_n, tile)  # [BM, BN]
         x = keep_valid(x, m[:, None], n[None, :], float("-inf"), shape.max_width, tile.TRIL)
-        new = tl.minimum(tl.maximum(largest, tl.max(x, axis=1) * factor), FLOAT_MAX)
-        p = tl.exp2(x * factor - safe(new)[:, None])  # [BM, BN]
-        sums = add_product(sums * tl.exp2(largest - safe(new))[:, None], p, v_n, tile)  # [BM, HEADS]
+        new = tl.minimum(tl.maximum(largest, tl.max(x, axis=1) * (factor * ABOVE)), FLOAT_MAX)
+        p = tl.exp2(x * factor - new[:, None])  # [BM, BN]
+        sums = add_product(sums * tl.exp2(largest - new)[:, None], p, v_n, tile)  # [BM, HEADS]
         largest = new
-    tl.store(group.pivots + m, safe(largest), mask=(m >= 0) & (h_first == 0))
+    tl.store(group.pivots + m, largest, mask=(m >= 0) & (h_first == 0))
     tl.store(at_heads(group.sums, h_first, m_first, tile.HEADS, tile.BM, shape.padded), sums)
 
 

@@ -54,6 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
                 f"the interpreter of Triton {triton.__version__} cannot run with NumPy {numpy.__version__}: "
                 "install 'numpy<2.4', or Triton 3.7 or later"
             )
+        from .interpreter import compute_as_chips
+
+        compute_as_chips()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic, and says so
     # Inductor finds what it once compiled by the graph alone: not what another version of an op returned to it.
     folder = TemporaryDirectory(prefix="inductor-")

@@ -1,0 +1,77 @@
+"""Triton's interpreter made to compute float32 as chips do, where that is another number and may be an infinite one.
+
+A compiler makes one fma of a product and the sum that it goes into, rounded once, unless the launch forbids it. And a
+matrix unit that has no float32 multiplies in three products of tf32, which has 11 binary digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+
+def compute_as_chips() -> None:
+    """From now on, in this process."""
+    builder: Any = InterpreterBuilder
+    builder.create_fmul = _product(builder.create_fmul)
+    builder.create_fadd = _fma(builder.create_fadd, 1.0)
+    builder.create_fsub = _fma(builder.create_fsub, -1.0)
+    builder.create_dot = _tf32x3(builder.create_dot)
+    GridExecutor.__call__ = _launch(GridExecutor.__call__)
+
+
+def _launch(launch: Callable[..., Any]) -> Callable[..., Any]:
+    def launched(self: Any, *args: Any, enable_fp_fusion: bool = True, **kwargs: Any) -> Any:
+        InterpreterBuilder.fuses = enable_fp_fusion
+        return launch(self, *args, **kwargs)
+
+    return launched
+
+
+def _product(multiply: Callable[..., Any]) -> Callable[..., Any]:
+    def product(self: Any, a: Any, b: Any) -> Any:
+        out = multiply(self, a, b)
+        if self.fuses and out.data.dtype == np.float32:
+            out.factors = a.data, b.data
+        return out
+
+    return product
+
+
+def _fma(add: Callable[..., Any], sign: float) -> Callable[..., Any]:
+    """a + sign * b, where a or b is a product: that is exact in float64, whose sum is rounded once, nearly."""
+
+    def fma(self: Any, a: Any, b: Any) -> Any:
+        first, second = getattr(a, "factors", None), getattr(b, "factors", None)
+        if first is None and second is None:
+            return add(self, a, b)
+        with np.errstate(all="ignore"):
+            if first is not None:
+                out = first[0].astype(np.float64) * first[1] + sign * b.data.astype(np.float64)
+            else:
+                out = a.data + sign * (second[0].astype(np.float64) * second[1])
+            return TensorHandle(out.astype(np.float32), a.dtype.scalar)
+
+    return fma
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """The nearest one."""
+    return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _tf32x3(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, *more: Any) -> Any:
+        if input_precision.name != "TF32x3" or a.data.dtype != np.float32:
+            return plain(self, a, b, acc, input_precision, *more)
+        a, b = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data)
+        a_big, b_big = _tf32(a), _tf32(b)
+        with np.errstate(all="ignore"):
+            small = (a - a_big) @ b_big + a_big @ (b - b_big)
+            small[np.isnan(small)] = 0.0  # so does Triton, for inf has no small part
+            return TensorHandle(acc.data + (small + a_big @ b_big), acc.dtype.scalar)
+
+    return dot
