@@ -75,9 +75,15 @@ def _tile(
     buffers, for tile after tile."""
     s, t, of_s, of_t = computing(s), computing(t), *grads
     work = [] if work is None else work
+    # Sigmoids stand where the gradients will: what is written less often stays in cache.
+    in_place = [out.numel() > 0 and out.dtype == s.dtype for out in grads]
+    kept = of_s.numel() + of_t.numel() > 0  # the sigmoids, for gradients
     if not work or work[0].shape != s.shape:
-        work[:] = s.new_empty((5, *s.shape)).unbind()
-    f_s, f_t, distance, gap, product = work
+        work.clear()
+        work[:] = s.new_empty((1 + 2 * kept + 2 - sum(in_place), *s.shape)).unbind()
+    rest = list(work)
+    f_s, f_t = (out if here else rest.pop() for out, here in zip(grads, in_place, strict=True))
+    distance, gap, product = rest if kept else (rest[0], f_s, f_t)
     if left_in is not None or s.device.type != "cpu":
         s, t = _cleared(s, t, left_in)
     torch.sub(s, t, out=distance)
@@ -90,12 +96,11 @@ def _tile(
     for sign, f, out in ((1, f_s, of_s), (-1, f_t, of_t)):
         if out.numel():
             slope = f.addcmul_(f, f, value=-1)  # f - f * f
-            of_tile = out if out.dtype == slope.dtype else slope
-            torch.addcmul(gap, slope, distance, value=grad_scale, out=of_tile)
+            torch.addcmul(gap, slope, distance, value=grad_scale, out=f)
             if sign < 0:
-                of_tile.neg_()
-            if of_tile is not out:
-                out.copy_(of_tile)
+                f.neg_()
+            if f is not out:
+                out.copy_(f)
     return losses
 
 
