@@ -12,8 +12,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # 768 KiB in float32: a few such buffers stay in cache, and each operation still outweighs its own call.
 TILE = 3 << 16
-# Of rows, whose operations are simpler, twice as much: half of it took a sixth longer on two threads, which wait for each
-# other at each operation, and on one as long.
+# Of rows, whose operations are simpler, twice as much: half of it took a sixth longer on two threads, which wait for
+# each other at each operation, and on one as long.
 ROW_TILE = 2 * TILE
 
 # Cells whose work is over before the second thread is there, if another process has its core. PyTorch, and it seems MKL

@@ -110,8 +110,12 @@ class Plain(NamedTuple):
     def gradient(self, grad_scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
         """Spends them."""
         ones = 1.0 / grad_scale
-        self.e.div_(torch.rsub(self.sums, ones, alpha=-ones))  # by (1 + sum) / grad_scale
-        return torch.sub(self.e_n, self.e_p, out=out)
+        divisors = torch.rsub(self.sums, ones, alpha=-ones)  # (1 + sum) / grad_scale
+        if self.e_n.numel() <= SMALL:
+            self.e.div_(divisors)
+            return torch.sub(self.e_n, self.e_p, out=out)
+        of_n, of_p = divisors.unbind()  # here, too, each thread its own
+        return torch.addcdiv(self.e_n.div_(of_n), self.e_p, of_p, value=-1, out=out)
 
 
 def plain_rows(s: torch.Tensor, p: torch.Tensor, e: torch.Tensor, hard: bool) -> Plain | None:
