@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import BYTES, SECONDS, scaled
+from .report import BYTES, SECONDS, scaled, short
 from .suite import ops
 
 ROOT = Path(__file__).parent.parent
@@ -130,9 +130,23 @@ def losing() -> str:
     return table(("call", "size", "eager", "`torch.compile`", "ours"), sorted(rows))
 
 
+def products() -> str:
+    """``linear_zlpr_loss`` beside the bare products of its layer: shares, ratios and memory."""
+    rows = []
+    for case in json.loads((RESULTS / "linear_zlpr_loss" / "products.json").read_text())["cases"]:
+        of = case["contenders"]
+        took = {name: contender["time"]["median"] for name, contender in of.items()}
+        ratios = [short(took[name] / took["ours"]) for name in ("eager", "compile", "sparse", "chunks")]
+        peaks = [said(of, name, "peak") for name in ("ours", "sparse")]
+        size = " x ".join(f"{n:,}" for n in case["size"])
+        rows.append([size, f"{took['products'] / took['ours']:.0%}", *ratios, *peaks])
+    others = [f"{name} / ours" for name in ("eager", "compiled", "sparse", "chunks")]
+    return table(("", "share of the products", *others, "peak beside the gradients", "of sparse"), rows)
+
+
 def tables() -> dict[Path, dict[str, str]]:
     """Of each page."""
     return {
         README: {"claim": claim(), "measured": comparison(), "losing": losing()},
-        PERFORMANCE: {"gpu": all_on_gpu(), "losing on a GPU": losing_on_gpu()},
+        PERFORMANCE: {"products": products(), "gpu": all_on_gpu(), "losing on a GPU": losing_on_gpu()},
     }
