@@ -352,11 +352,11 @@ def merge_kernel(
     for first in range(0, per_row, LANES):
         largest = tl.maximum(largest, load_exponents(x, m, stop_row, first, per_row, LANES))
     top = tl.minimum(tl.max(largest, axis=0), FLOAT_MAX)
-    total = tl.zeros([LANES, ROWS], dtype=tl.float32)
+    of_listed = tl.zeros([LANES, ROWS], dtype=tl.float64)  # whose sum, as float32, does not tell the order of a list
     for first in range(0, per_row, LANES):
-        total += tl.exp(load_exponents(x, m, stop_row, first, per_row, LANES) - top[None, :])
+        of_listed += tl.exp(load_exponents(x, m, stop_row, first, per_row, LANES) - top[None, :]).to(tl.float64)
     tl.store(m_p + m, top, mask=m < stop_row)
-    tl.store(S_p + m, tl.sum(total, axis=0), mask=m < stop_row)
+    tl.store(S_p + m, tl.sum(of_listed, axis=0).to(tl.float32), mask=m < stop_row)
 
 
 @triton.jit
