@@ -176,8 +176,9 @@ def test_the_command_says_that_nothing_was_measured(tmp_path: Path, monkeypatch:
 def test_the_product_of_a_linear_loss_is_modelled() -> None:
     """Rows whose E is kept, and others."""
     result = model.run(cases.Linear("", 600, 320, 640, torch.bfloat16), "sm_90")
-    *products, _ = result["passes"]["forward"]["launches"]
-    assert [product.kernel for product in products] == ["exponentials_kernel"] * 2
+    launches = result["passes"]["forward"]["launches"]
+    products = [launch for launch in launches if launch.kernel == "exponentials_kernel"]
+    assert len(products) == 2
     assert all(product.roles[0].matrix.endswith("HGMMA") and product.roles[0].iterations == 10 for product in products)
 
 
