@@ -73,7 +73,8 @@ def _tile(
 ) -> torch.Tensor:
     """The losses of a tile [..., C]; its gradients, but for those that are empty, are written. ``work`` is a list of
     buffers, for tile after tile."""
-    s, t, of_s, of_t = computing(s), computing(t), *grads
+    of_s, of_t = grads
+    s, t = computing(s).contiguous(), computing(t).contiguous()  # else sigmoid has other last bits
     work = [] if work is None else work
     # Sigmoids stand where the gradients will: what is written less often stays in cache.
     in_place = [out.numel() > 0 and out.dtype == s.dtype for out in grads]
