@@ -44,16 +44,16 @@ def small_on_one_thread(cells: Callable[..., int]) -> Callable[[F], F]:
     return decorate
 
 
-def row_tiles(outer: int, inner: int, classes: int) -> Iterator[tuple[int, slice]]:
-    """(outer index, rows of the inner index) whose tiles hold about ROW_TILE cells."""
-    height = max(1, ROW_TILE // max(1, classes))
+def row_tiles(outer: int, inner: int, classes: int, cells: int = ROW_TILE) -> Iterator[tuple[int, slice]]:
+    """(outer index, rows of the inner index) whose tiles hold about so many cells."""
+    height = max(1, cells // max(1, classes))
     for o in range(outer):
         for first in range(0, inner, height):
             yield o, slice(first, min(first + height, inner))
 
 
-def column_tiles(classes: int) -> list[slice]:
-    return [slice(first, min(first + ROW_TILE, classes)) for first in range(0, classes, ROW_TILE)]
+def column_tiles(classes: int, cells: int = ROW_TILE) -> list[slice]:
+    return [slice(first, min(first + cells, classes)) for first in range(0, classes, cells)]
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..problem import log_one_plus
-from ._tiles import SMALL, column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
+from ._tiles import SMALL, TILE, column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
 
 SAFE = 60.0
 
@@ -270,8 +270,8 @@ def shard_gradient(
 def sweep_log_sums(cells: Cells) -> torch.Tensor:
     outer, inner, classes = cells.scores.shape
     sums = torch.zeros((4, outer, inner), dtype=cells.dtype, device=cells.scores.device)
-    columns = column_tiles(classes)
-    for o, rows in row_tiles(outer, inner, classes) if columns else ():
+    columns = column_tiles(classes, TILE)
+    for o, rows in row_tiles(outer, inner, classes, TILE) if columns else ():
         terms = LogSum(), LogSum()
         for cols in columns:
             tile = cells.terms(o, rows, cols)
@@ -288,9 +288,9 @@ def sweep_gradient(cells: Cells, sums: torch.Tensor, grad_scale: float) -> torch
     outer, inner, classes = cells.scores.shape
     grad = torch.empty(cells.scores.shape, dtype=cells.scores.dtype, device=cells.scores.device)
     sums = sums.view(4, outer, inner, 1)
-    for o, rows in row_tiles(outer, inner, classes):
+    for o, rows in row_tiles(outer, inner, classes, TILE):
         m_n, S_n, m_p, S_p = sums[:, o, rows]
-        for cols in column_tiles(classes):
+        for cols in column_tiles(classes, TILE):
             tile = cells.terms(o, rows, cols)
             grad[o, rows, cols] = _tile_gradient(tile, LogSum(m_n, S_n), LogSum(m_p, S_p), grad_scale)
     return grad
