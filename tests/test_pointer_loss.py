@@ -64,8 +64,9 @@ def agree(inputs: dict[str, Any], upstream: torch.Tensor | None = None, at_most:
     """Of the loss and all gradients; at_most is a bound on the error besides.
 
     exp makes of the rounding of a score a relative error of its term. Eager's rounding of the few that count may by
-    chance be next to none, so that of the largest score is allowed as well. In the gradients of the biases it is one of
-    the terms, as large as the upstream gradient, not of their sum: +1 of the negatives may cancel -1 of the positives.
+    chance be next to none, so that of the largest score is allowed as well. So is that of the upstream gradient in
+    those of the biases: they sum what their cells get, and where +1 of the negatives cancels -1 of the positives the
+    error of the terms stays.
     """
     options = {name: value for name, value in inputs.items() if name not in ("spans", "span_labels", "reduction")}
     scores = fp.reference.pointer_scores(**options).detach()
@@ -78,8 +79,8 @@ def agree(inputs: dict[str, Any], upstream: torch.Tensor | None = None, at_most:
     for result in compare("pointer_loss", inputs, differentiate=wrt, upstream=upstream):
         rounding = spacing * largest
         if result.what in ("start", "end"):
-            norm = truth[result.what].norm().item()
-            rounding += spacing * (1 + largest) * terms / max(norm, torch.finfo(torch.float64).tiny)
+            cancelled = terms / max(truth[result.what].norm().item(), torch.finfo(torch.float64).tiny)
+            rounding = max(rounding, rounding * cancelled) + spacing * cancelled
         assert result.error <= result.allowed + rounding, result
         assert at_most is None or result.error <= at_most, result
 

@@ -66,8 +66,8 @@ def test_equals_dense_labels(place: Place, shape: tuple[int, ...]) -> None:
         labels[row, [i for i in indices if i >= 0]] = True
     sparse = run(fp.sparse_zlpr_loss, {"scores": scores, "positives": lists}, ("scores",))
     dense = run(fp.zlpr_loss, {"scores": scores, "labels": labels}, ("scores",))
-    for x, y in zip(sparse, dense, strict=True):
-        assert relative_error(x, y) < 1e-6
+    for x, y in zip(sparse, dense, strict=True):  # a chip fuses products and sums of two kernels in two ways
+        assert relative_error(x, y) < 1e-6 if place.device == "cuda" else torch.equal(x, y)
 
 
 def test_learned_positives_stay_up(place: Place) -> None:
