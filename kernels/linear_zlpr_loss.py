@@ -45,7 +45,7 @@ import triton.language as tl
 from flashpointer.problem import Listed, Lists, LogSums
 
 from .cells import all_registers, constant, float32_precision, strides
-from .rows import FLOAT_MAX, LOG2_E, exp
+from .rows import FLOAT_MAX, LOG2_E, exp, exp_parts
 
 PARTIALS = 1 << 25  # sums of rows of tiles at a time
 SCRATCH = 1 << 26  # elements of G, or of a block of dW in float32
@@ -176,9 +176,11 @@ def exponentials_kernel(
     m = m_first + tl.arange(0, tile.BM)
     if l_n is None:
         p = tl.minimum(tl.maximum(tl.max(s, axis=1), -FLOAT_MAX), FLOAT_MAX)  # [BM]: no inf - inf
-    else:
+        e = tl.exp2((s - p[:, None]) * LOG2_E + tile.LIFT)
+    else:  # of which all scores may be far below: then each digit counts
         p = tl.load(l_n + m, mask=m < stop_row, other=0.0)
-    e = tl.exp2((s - p[:, None]) * LOG2_E + tile.LIFT)
+        k, e = exp_parts(s - p[:, None])
+        e *= tl.exp2(k + tile.LIFT)
     if l_n is None:
         at = tile_n * (stop_row - first_row) + m - first_row
         tl.store(pivots + at, p, mask=m < stop_row)
@@ -212,7 +214,8 @@ def number_kernel(
     live = (n != ignored) & (n >= first) & (n - first < classes)
     for before in range(0, per_row):
         earlier = (j < count) & (before < j % per_row)
-        other = tl.load(positives + m * stride_r + before * stride_p, mask=earlier, other=0)
+        at = m * stride_r + tl.cast(before, tl.int64) * stride_p
+        other = tl.load(positives + at, mask=earlier, other=0)
         live = live & ~(earlier & (other == n))
     number = (n - first) // BN * of_rows + m // BM
     tl.store(numbers + j, tl.where(live, number, tiles), mask=j < count)
@@ -332,20 +335,14 @@ def merge_kernel(
 ):  # fmt: skip
     """Both sums of ROWS rows to a program: of tiles, pivots and partials [tiles, these rows], and of their x [R, P]."""
     m = first_row + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    height = stop_row - first_row
-    inside = (m < stop_row)[None, :]
     largest = tl.zeros([LANES, ROWS], dtype=tl.float32)
-    for t_first in range(0, tiles, LANES):
-        t = t_first + tl.arange(0, LANES).to(tl.int64)
-        at = (t * height)[:, None] + (m - first_row)[None, :]
-        largest = tl.maximum(largest, tl.load(pivots + at, mask=inside & (t < tiles)[:, None], other=0.0))
+    for t in range(0, tiles, LANES):
+        largest = tl.maximum(largest, load_tiles(pivots, m, first_row, stop_row, t, tiles, float("-inf"), LANES))
     top = tl.max(largest, axis=0)
     total = tl.zeros([LANES, ROWS], dtype=tl.float32)
-    for t_first in range(0, tiles, LANES):
-        t = t_first + tl.arange(0, LANES).to(tl.int64)
-        at = (t * height)[:, None] + (m - first_row)[None, :]
-        p = tl.load(pivots + at, mask=inside & (t < tiles)[:, None], other=float("-inf"))
-        total += tl.exp(p - top[None, :]) * tl.load(partials + at, mask=inside & (t < tiles)[:, None], other=0.0)
+    for t in range(0, tiles, LANES):
+        p = load_tiles(pivots, m, first_row, stop_row, t, tiles, float("-inf"), LANES)
+        total += tl.exp(p - top[None, :]) * load_tiles(partials, m, first_row, stop_row, t, tiles, 0.0, LANES)
     tl.store(m_n + m, top, mask=m < stop_row)
     tl.store(S_n + m, tl.sum(total, axis=0), mask=m < stop_row)
     largest = tl.zeros([LANES, ROWS], dtype=tl.float32)
@@ -360,6 +357,14 @@ def merge_kernel(
 
 
 @triton.jit
+def load_tiles(sums, m, first_row, stop_row, first, tiles, other, LANES: tl.constexpr):
+    """Of LANES tiles: [LANES, rows], ``other`` where there is none."""
+    t = first + tl.arange(0, LANES).to(tl.int64)
+    at = (t * (stop_row - first_row))[:, None] + (m - first_row)[None, :]
+    return tl.load(sums + at, mask=(t < tiles)[:, None] & (m < stop_row)[None, :], other=other)
+
+
+@triton.jit
 def load_exponents(x, m, stop_row, first, per_row, LANES: tl.constexpr):
     """Of LANES listed cells of each row: [LANES, rows], -inf where there is none."""
     p = first + tl.arange(0, LANES)
@@ -368,27 +373,27 @@ def load_exponents(x, m, stop_row, first, per_row, LANES: tl.constexpr):
 
 
 @triton.jit
-def scales_of_rows(m_n, S_n, m_p, S_p, upstream, m, rows, LIFT: tl.constexpr):
+def scales_of_rows(m_n, S_n, m_p, S_p, upstream, stride_u, m, rows, LIFT: tl.constexpr):
     """l_n, as far as float32 tells; c, in units of G; and how many units a positive's exponential under m_p is."""
     pivot = tl.load(m_n + m, mask=m < rows, other=0.0)
     one_n = tl.exp(-pivot) + tl.load(S_n + m, mask=m < rows, other=0.0)  # at least 1
     one_p = tl.exp(-tl.load(m_p + m, mask=m < rows, other=0.0)) + tl.load(S_p + m, mask=m < rows, other=0.0)
     l_n = pivot + tl.log(one_n)
     unit = tl.where(l_n == float("inf"), 1.0, one_n * tl.exp(pivot - l_n)) * 2.0**LIFT  # of what l_n rounds away
-    g = tl.load(upstream + m, mask=m < rows, other=0.0).to(tl.float32)
+    g = tl.load(upstream + m * stride_u, mask=m < rows, other=0.0).to(tl.float32)
     return l_n, g / unit, unit / one_p
 
 
 @triton.jit
 def scales_kernel(
-    m_n, S_n, m_p, S_p, upstream, l_n, factors, ratios, parts, unit, rows,
+    m_n, S_n, m_p, S_p, upstream, l_n, factors, ratios, parts, unit, rows, stride_u,
     LIFT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Of all rows: see Scales. One program, for c in float16 needs a power of two that its largest element sets."""
     largest = tl.zeros([LANES], dtype=tl.float32)
     for first in range(0, rows, LANES):
         m = first + tl.arange(0, LANES).to(tl.int64)
-        log_sum, c, ratio = scales_of_rows(m_n, S_n, m_p, S_p, upstream, m, rows, LIFT)
+        log_sum, c, ratio = scales_of_rows(m_n, S_n, m_p, S_p, upstream, stride_u, m, rows, LIFT)
         tl.store(l_n + m, log_sum, mask=m < rows)
         tl.store(factors + m, c, mask=m < rows)
         tl.store(ratios + m, ratio, mask=m < rows)
@@ -401,7 +406,7 @@ def scales_kernel(
         tl.store(unit, power)
     for first in range(0, rows, LANES):
         m = first + tl.arange(0, LANES).to(tl.int64)
-        _, c, _ = scales_of_rows(m_n, S_n, m_p, S_p, upstream, m, rows, LIFT)
+        _, c, _ = scales_of_rows(m_n, S_n, m_p, S_p, upstream, stride_u, m, rows, LIFT)
         c = c / power
         high = c.to(parts.dtype.element_ty)
         tl.store(parts + 2 * m, high, mask=m < rows)
@@ -589,7 +594,18 @@ def scales_of(layer: Layer, sums: LogSums, upstream: torch.Tensor) -> Scales:
     parts = torch.empty((rows, 2), dtype=dtype, device=device)
     unit = torch.empty((), dtype=torch.float32, device=device) if dtype == torch.float16 else None
     scales_kernel[(1,)](
-        *sums, upstream, l_n, factors, ratios, parts, unit, rows, LIFT=layer.tile.LIFT, LANES=LANES, num_warps=8
+        *sums,
+        upstream,
+        l_n,
+        factors,
+        ratios,
+        parts,
+        unit,
+        rows,
+        *upstream.stride(),
+        LIFT=layer.tile.LIFT,
+        LANES=LANES,
+        num_warps=8,
     )
     return Scales(l_n, factors, ratios, parts, unit)
 

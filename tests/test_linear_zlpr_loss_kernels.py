@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from flashpointer.kernels import linear_zlpr_loss as kernels
 
 import flashpointer as fp
-from flashpointer.problem import Listed, Lists, listed_cells
+from flashpointer.problem import Listed, Lists
 from flashpointer.tiled import linear_zlpr_loss as tiled
 
 from .conftest import Place
@@ -63,7 +63,7 @@ def test_cells_are_sorted_by_tile(place: Place, labelled: bool) -> None:
     hidden, weight = (torch.zeros(n, 16, device=place.device) for n in (rows, classes))
     cells, order = kernels.sort_cells(hidden, weight, lists)
     assert torch.equal(order // per_row, cells.rows) and order.unique().numel() == rows * per_row
-    by_class = listed_cells(lists, classes)
+    by_class = tiled.listed_cells(lists, classes)
 
     def live(listed: Listed) -> list[tuple[float, ...]]:
         columns = [x.tolist() for x in listed if x is not None]

@@ -37,15 +37,6 @@ class LogSums(NamedTuple):
     S_p: torch.Tensor
 
 
-def positive_sums(x: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """m_p and S_p of ``count`` rows, of the exponents x [n] of listed cells: each row has as many, perhaps none."""
-    if len(x) == 0:
-        return x.new_zeros(count), x.new_zeros(count)
-    by_row = x[rows.argsort(stable=True)].view(count, -1)
-    m = by_row.amax(1).clamp_(0.0, torch.finfo(x.dtype).max)
-    return m, by_row.sub_(m.unsqueeze(1)).exp_().sum(1)
-
-
 def log_one_plus(m: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
     """log(1 + S * exp(m)) of m >= 0, where S >= 1 if m > 0; to full precision where it is small."""
     return m + torch.log1p(S + torch.expm1(-m))
@@ -79,17 +70,3 @@ class Listed(NamedTuple):
     rows: torch.Tensor  # int64 [n]
     classes: torch.Tensor  # int64 [n], from the shard's first on: 0 .. C - 1, or C where there is no cell
     labels: torch.Tensor | None  # [n], 0 to 1, or negative for a cell to leave out of both terms; None: all are 1
-
-
-def listed_cells(lists: Lists, classes: int) -> Listed:
-    """The cells that lists name among so many classes; of one listed twice the first counts."""
-    positives, labels, ignore_index, first = lists
-    height = max(1, positives.shape[0])
-    rows = torch.arange(positives.shape[0], device=positives.device).unsqueeze(1)
-    local = positives - first
-    here = (local >= 0) & (local < classes) & (positives != ignore_index)
-    cells, order = (torch.where(here, local, classes) * height + rows).flatten().sort(stable=True)
-    again = torch.zeros_like(cells, dtype=torch.bool)
-    again[1:] = cells[1:] == cells[:-1]
-    cells, kept = torch.where(again, classes * height + cells % height, cells).sort(stable=True)
-    return Listed(cells % height, cells // height, None if labels is None else labels.flatten()[order[kept]])

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import Listed, Lists, LogSums, listed_cells, positive_sums
+from ..problem import Listed, Lists, LogSums
 from ._tiles import computing_dtype, small_on_one_thread
 
 CELLS = 1 << 17  # to a tile of scores: the products lose a tenth with half of them
@@ -176,6 +176,29 @@ def forward(
     x = _positives(x, listed)
     of_rows = LogSums(m, S.to(sweep.dtype), *positive_sums(x, listed.rows, len(hidden)))
     return of_rows, listed, x, memory
+
+
+def listed_cells(lists: Lists, classes: int) -> Listed:
+    """The cells that lists name among so many classes; of one listed twice the first counts."""
+    positives, labels, ignore_index, first = lists
+    height = max(1, positives.shape[0])
+    rows = torch.arange(positives.shape[0], device=positives.device).unsqueeze(1)
+    local = positives - first
+    here = (local >= 0) & (local < classes) & (positives != ignore_index)
+    cells, order = (torch.where(here, local, classes) * height + rows).flatten().sort(stable=True)
+    again = torch.zeros_like(cells, dtype=torch.bool)
+    again[1:] = cells[1:] == cells[:-1]
+    cells, kept = torch.where(again, classes * height + cells % height, cells).sort(stable=True)
+    return Listed(cells % height, cells // height, None if labels is None else labels.flatten()[order[kept]])
+
+
+def positive_sums(x: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """m_p and S_p of ``count`` rows, of the exponents x [n] of listed cells: each row has as many, perhaps none."""
+    if len(x) == 0:
+        return x.new_zeros(count), x.new_zeros(count)
+    by_row = x[rows.argsort(stable=True)].view(count, -1)
+    m = by_row.amax(1).clamp_(0.0, torch.finfo(x.dtype).max)
+    return m, by_row.sub_(m.unsqueeze(1)).exp_().sum(1)
 
 
 def _positives(scores: torch.Tensor, listed: Listed) -> torch.Tensor:
