@@ -29,6 +29,7 @@ from flashpointer.problem import Lists, Problem  # noqa: E402
 
 from .chips import CHIPS, REGISTERS, Compiled, compiling_for  # noqa: E402
 from .conftest import INTERPRETED  # noqa: E402
+from .test_calls import calls  # noqa: E402
 
 pytestmark = [
     pytest.mark.compiled,
@@ -292,6 +293,12 @@ def test_nothing_that_is_optional(shared: bool) -> None:
     assert len(compile_for("sm_90", step)) == 12 + shared
 
 
+# Calls of PyTorch that launch nothing on a GPU.
+NO_LAUNCH = {
+    f"aten::{name}" for name in ("empty", "view", "slice", "select", "unsqueeze", "unbind", "t", "to", "reshape")
+}
+
+
 # Rows, D, classes and dtypes for each plan that plan() can pick. Vectors and classes whose number 16 divides, and not.
 LINEARS = [
     (800, 768, 320, torch.bfloat16),
@@ -338,3 +345,22 @@ def test_linear_zlpr_loss(
         assert kernel.count(MATRIX[chip]) > 0
         if chip != "gfx942" and size % 16 == 0:
             assert kernel.count(r"\bLDGSTS") >= rule.stages * copies
+
+
+@pytest.mark.parametrize("classes", [320, 32_000])
+def test_the_linear_loss_is_few_launches(classes: int) -> None:
+    """However many classes: beside its ten kernels one sort, and PyTorch's calls for the products. On a GPU each is a
+    launch, and more than a hundred of them took longer than the products of a middling layer."""
+    hidden, weight = torch.zeros(64, 128), torch.zeros(classes, 128)
+    lists = Lists(torch.zeros(64, 16, dtype=torch.int64), None, -100, 0)
+
+    def step() -> None:
+        sums, listed, x, kept = linear_zlpr_loss.forward(hidden, weight, weight[:, 0], lists, True)
+        upstream, wanted = torch.zeros(64), (True, True, True)
+        linear_zlpr_loss.backward(hidden, weight, weight[:, 0], listed, x, kept, sums, upstream, wanted, None)
+
+    with compiling_for("sm_90") as compiled:
+        made = calls(step)
+    assert len(compiled) == 2 * 10  # the first time for what is made once only
+    assert made.count("aten::sort") == 1
+    assert len([call for call in made if call not in NO_LAUNCH]) <= 11, made
