@@ -148,9 +148,8 @@ def test_errors(arguments: dict[str, Any], error: type[Exception], message: str)
 @pytest.mark.parametrize("half", [torch.float32, torch.float16])
 def test_strides_show_in_no_bit(place: Place, half: torch.dtype) -> None:
     """Of the divergence of a row, nor of its gradients."""
-    strided = {
-        name: torch.randn(37, 64, 2, device=place.device, dtype=half).permute(2, 1, 0) for name in ("scores", "other")
-    }
+    names = ("scores", "other")
+    strided = {name: torch.randn(37, 64, 2, device=place.device, dtype=half).permute(2, 1, 0) for name in names}
     both = [{name: x.contiguous() for name, x in strided.items()}, strided]
-    values = [run(fp.zlpr_kl_div, {**inputs, "reduction": "none"}, ("scores", "other")) for inputs in both]
+    values = [run(fp.zlpr_kl_div, {**inputs, "reduction": "none"}, names) for inputs in both]
     assert all(map(torch.equal, *values))
