@@ -1,4 +1,4 @@
-"""Triton's interpreter made to compute float32 as chips do, where that is another number and may be an infinite one.
+"""Triton's interpreter made quick, and to compute float32 as chips do, where that may be an infinite number.
 
 A compiler makes one fma of a product and the sum that it goes into, rounded once, unless the launch forbids it. And a
 matrix unit that has no float32 multiplies in three products of tf32, which has 11 binary digits.
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
@@ -20,15 +22,35 @@ def compute_as_chips() -> None:
     builder.create_fadd = _fma(builder.create_fadd, 1.0)
     builder.create_fsub = _fma(builder.create_fsub, -1.0)
     builder.create_dot = _tf32x3(builder.create_dot)
-    GridExecutor.__call__ = _launch(GridExecutor.__call__)
+    patched: set[frozenset[str]] = set()
+    GridExecutor.__call__ = _launch(GridExecutor.__call__, patched)
+    interpreter._patch_lang = _once(interpreter._patch_lang, patched)
 
 
-def _launch(launch: Callable[..., Any]) -> Callable[..., Any]:
+def _launch(launch: Callable[..., Any], patched: set[frozenset[str]]) -> Callable[..., Any]:
     def launched(self: Any, *args: Any, enable_fp_fusion: bool = True, **kwargs: Any) -> Any:
         InterpreterBuilder.fuses = enable_fp_fusion
+        patched.clear()
         return launch(self, *args, **kwargs)
 
     return launched
+
+
+def _once(patch_language: Callable[..., Any], patched: set[frozenset[str]]) -> Callable[..., Any]:
+    """Of each launch: else each call of a helper puts the interpreter's functions into Triton's language anew, which
+    took a third of the time."""
+    seen_by: dict[int, frozenset[str]] = {}  # the modules of the language, of those that a module knows
+
+    def once(function: Any) -> Any:
+        known = function.__globals__
+        if id(known) not in seen_by:
+            seen_by[id(known)] = frozenset(x.__name__ for x in known.values() if x is tl or x is tl.core)
+        if seen_by[id(known)] in patched:
+            return None
+        patched.add(seen_by[id(known)])
+        return patch_language(function)
+
+    return once
 
 
 def _product(multiply: Callable[..., Any]) -> Callable[..., Any]:
