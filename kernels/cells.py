@@ -189,6 +189,12 @@ def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else (0, *x.stride())[-dims:]
 
 
+def strides_per_head(x: torch.Tensor) -> tuple[int, ...]:
+    """Of [B, N, D] as of [B, 1, N, D]."""
+    of = x.stride()
+    return of if len(of) == 4 else (of[0], 0, *of[1:])
+
+
 def float32_precision() -> str:
     """Three tf32 products on NVIDIA's tensor cores are as good as float32; AMD's matrix cores have float32 itself."""
     return "tf32x3" if torch.version.hip is None else "ieee"

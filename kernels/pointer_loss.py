@@ -44,7 +44,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashpointer.problem import Problem
+from flashpointer.problem import Problem, shape_per_head
 
 from .cells import (
     PAD,
@@ -63,6 +63,7 @@ from .cells import (
     offset,
     rows_of,
     strides,
+    strides_per_head,
     up_to,
 )
 from .direct_rows import (
@@ -772,20 +773,21 @@ def forward(
 ) -> tuple[torch.Tensor, Saved]:
     """Losses [B, heads] in float32, and what backward needs.
 
-    q, k [B, heads or 1, N, D]; start, end [B, heads, N]; spans [S, 4] or [B, P, 3], int64; span_labels [S] or [B, P];
-    ``problem`` as for ``pointer_scores.forward``.
+    q, k [B, N, D] or [B, heads, N, D]; start, end [B, heads, N]; spans [S, 4] or [B, P, 3], int64; span_labels [S] or
+    [B, P]; ``problem`` as for ``pointer_scores.forward``.
     """
     per_sentence = spans.shape[1] if spans.dim() == 3 else None
-    spans, span_labels = spans.flatten(0, -2), None if span_labels is None else span_labels.flatten()
-    shape = (*q.shape, heads, len(spans))
+    if per_sentence is not None:
+        spans, span_labels = spans.flatten(0, 1), None if span_labels is None else span_labels.flatten()
+    shape = (*shape_per_head(q.shape), heads, len(spans))
     saved = empty_saved(shape, q)
     losses = torch.empty((q.shape[0], heads), dtype=torch.float32, device=q.device)
-    if losses.numel() * q.shape[2] == 0:
+    if losses.numel() * q.shape[-2] == 0:
         return losses.zero_(), Saved(saved.workspace.zero_(), shape)
     workspace, sizes, (scale, sign) = saved.workspace, _sizes(shape, problem), _scale(problem)
     _, groups, of_group, length, count, *_ = sizes
     rule, tile = tile_of(
-        q.shape[3], of_group, q.dtype, problem.tril_mask, problem.rope, torch.version.hip is not None
+        q.shape[-1], of_group, q.dtype, problem.tril_mask, problem.rope, torch.version.hip is not None
     )  # fmt: skip
     padded = (length + PAD.value - 1) // PAD.value * PAD.value
     planes = padded_heads(of_group, rule.back_heads)
@@ -799,7 +801,7 @@ def forward(
     with torch.cuda.device_of(q):
         prepare_kernel[(sorters + groups * (padded // tokens + of_group),)](
             q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters, per_sentence,
-            *q.stride(), *k.stride(), *strides(start, 3), *strides(end, 3), *strides(mask, 2),
+            *strides_per_head(q), *strides_per_head(k), *strides(start, 3), *strides(end, 3), *strides(mask, 2),
             *strides(positions, 2), *spans.stride(), *strides(span_labels, 1), tile,
             BLOCK=block, TOKENS=tokens, COUNTING=count <= COUNTED, num_warps=4, **registers,
         )  # fmt: skip

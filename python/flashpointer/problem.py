@@ -19,6 +19,11 @@ class Problem(NamedTuple):
     scale: float
 
 
+def shape_per_head(shape: torch.Size) -> tuple[int, ...]:
+    """B, own heads or 1, N, D of the shape of q: [B, N, D] or [B, H, N, D]."""
+    return shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
+
+
 SCHEMA = "Tensor? mask, Tensor? positions, bool rope, bool tril_mask, int? max_width, float scale"
 """Its fields in the schema of an op."""
 

@@ -192,11 +192,15 @@ def _of_no_batch(x: torch.Tensor | None) -> torch.Tensor | None:
     return x
 
 
-def is_batched(x: torch.Tensor | None) -> bool:
-    """Whether it is one of many under vmap, or is_grads_batched, which is an older vmap."""
-    if x is None or torch.compiler.is_compiling():  # which cannot ask
+def is_batched(*tensors: torch.Tensor | None) -> bool:
+    """Whether any is one of many under vmap, or is_grads_batched, which is an older vmap."""
+    if torch.compiler.is_compiling():  # which cannot ask
         return False
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+    asked = torch._C._functorch
+    for x in tensors:  # noqa: SIM110 (a loop, and no generator: this runs before every call)
+        if x is not None and (asked.is_batchedtensor(x) or asked.is_legacy_batchedtensor(x)):
+            return True
+    return False
 
 
 def in_autocast(x: torch.Tensor) -> bool:

@@ -89,7 +89,7 @@ def linear_zlpr_loss(
         raise TypeError(f"{OP}: weight_grad takes a function, or None; got {_checks.describe(weight_grad)}")
     positives = positives.long()  # their dtype may be too small for the number of classes, or for ignore_index
     tensors = (hidden, weight, bias, positives, positive_labels)
-    if any(map(_checks.is_batched, tensors)):
+    if _checks.is_batched(*tensors):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported; hidden may have any leading dimensions")
     ranks = _shards.name_of(OP, group, first_class)
     backend = _checks.choose_backend(OP, hidden, weight, bias, positive_labels)

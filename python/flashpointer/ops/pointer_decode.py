@@ -87,7 +87,7 @@ def pointer_decode(
     choice = {"non_overlapping": non_overlapping, "non_crossing": non_crossing, "one_label": one_label}
     for name, flag in {**choice, "padded": padded}.items():
         _checks.check_flag(OP, name, flag)
-    if any(map(_checks.is_batched, (q, k, start, end, mask, positions))):
+    if _checks.is_batched(q, k, start, end, mask, positions):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported, for each sample has its own number of spans")
     backend = _checks.choose_backend(OP, q, k, start, end)
     options: tuple[Any, ...] = (thresholds, top_k, *choice.values(), max_spans, padded, backend)

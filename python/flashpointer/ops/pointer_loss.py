@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import backends, reference
-from ..problem import FEW, Problem
+from ..problem import FEW, Problem, shape_per_head
 from . import _checks, _dtensor, _pointer, _register, _rows
 
 OP = "pointer_loss"
@@ -72,7 +72,7 @@ def pointer_loss(
     )  # fmt: skip
     _check_spans(spans, span_labels, q)
     _checks.check_reduction(OP, reduction)
-    if any(map(_checks.is_batched, (q, k, start, end, spans, span_labels, mask, positions))):
+    if _checks.is_batched(q, k, start, end, spans, span_labels, mask, positions):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported; q and k have a dimension for a batch")
     backend = _checks.choose_backend(OP, q, k, start, end, span_labels)
     if backend == "reference":
@@ -148,8 +148,6 @@ def _compute(
     span_labels: torch.Tensor | None, problem: Problem, heads: int, reduction: str, backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     _check_values(spans, span_labels, q, heads)
-    if backend == "triton":
-        q, k = _pointer.per_head(q, k)
     forward = backends.implementation(OP, backend).forward
     losses, saved = forward(q, k, start, end, spans, span_labels, heads, problem)
     return _rows.reduce(losses, losses.shape, reduction), list(saved.tensors())
@@ -171,7 +169,7 @@ def _loss_dtype(q: torch.Tensor) -> torch.dtype:
 def _shape(q: torch.Tensor, heads: int, spans: torch.Tensor) -> tuple[int, ...]:
     """B, own heads or 1, N, D, H, S: what every size follows from."""
     count = spans.shape[0] if spans.dim() == 2 else spans.shape[0] * spans.shape[1]
-    return (*_pointer.per_head(q)[0].shape, heads, count)
+    return (*shape_per_head(q.shape), heads, count)
 
 
 def _share(reduction: str, planes: torch.Size) -> float:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import softplus
 
-from ..problem import Problem, flat_rows
+from ..problem import Problem, flat_rows, shape_per_head
 from . import _listed
 from ._cells import Tile, biases, part, penalties, shaped, tiles
 from ._listed import Cells, Grid, Numbers, Rows
@@ -82,7 +82,7 @@ def forward(
     ``kept`` is filled for backward."""
     kept = Kept(room=0) if kept is None else kept
     spans = flat_rows(spans)
-    vectors, shape = turned(q, k, problem), _per_head(q.shape)
+    vectors, shape = turned(q, k, problem), shape_per_head(q.shape)
     both_biases = biases(start, end, shape[0] * shape[1], heads, problem, vectors)
     sweep = kept.sweep = _sweep(vectors, both_biases, problem)
     kept.cells, order = _listed.counted(spans, sweep.grid, problem)
@@ -288,11 +288,6 @@ def _overflown(products: torch.Tensor) -> torch.Tensor:
 def _pivots(products: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """The log-sums of the products of the rows [groups, 1, start tokens]."""
     return products.amax(-1).sub_(p.amax(-1).log_()).unsqueeze(1)
-
-
-def _per_head(shape: torch.Size) -> tuple[int, ...]:
-    """B, own heads or 1, N, D of the shape of q."""
-    return shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:
