@@ -27,11 +27,12 @@ class Machine(NamedTuple):
     tensor: float  # bf16 multiply-adds a cycle and scheduler with dense operands
     mma_sync: float  # of that, what HMMA reaches
     flops: float  # bf16 a second, of a large product
+    doubles: float  # multiply-adds of float64 a cycle and SM
 
 
 MACHINES = {
-    "sm_90": Machine("H100 SXM", 132, 1.7, 3.35e12, 32.0, 50e6, 228, 512.0, 0.62, 800e12),
-    "sm_80": Machine("A100 SXM 80GB", 108, 1.41, 2.0e12, 32.0, 40e6, 164, 256.0, 1.0, 264e12),
+    "sm_90": Machine("H100 SXM", 132, 1.7, 3.35e12, 32.0, 50e6, 228, 512.0, 0.62, 800e12, 64.0),
+    "sm_80": Machine("A100 SXM 80GB", 108, 1.41, 2.0e12, 32.0, 40e6, 164, 256.0, 1.0, 264e12, 32.0),
 }
 
 # Cycles until a result is there. Global loads hit L2 where not all of what a pass moves comes from DRAM.
@@ -40,7 +41,7 @@ LATENCY = {
     "fence": 18, "conv": 22, "constant": 40, "atomic": 350, "uniform": 14,
 }  # fmt: skip
 # Cycles' worth of work that may wait in front of a unit.
-QUEUES = {"lsu": 24, "tensor": 64, "mufu": 8, "alu": 0, "fma": 0, "heavy": 0}
+QUEUES = {"lsu": 24, "tensor": 64, "mufu": 8, "double": 0, "alu": 0, "fma": 0, "heavy": 0}
 
 FMA = re.compile(r"(FFMA|FADD|FMUL|FFMA2|FADD2|FMUL2|HFMA2|HADD2|HMUL2)$")
 HEAVY = re.compile(r"(IMAD|IDP|IMUL)$")  # the half of the float pipe that multiplies integers
@@ -49,7 +50,8 @@ ALU = re.compile(
     r"|FSEL|SEL|FSET|FCHK|F2FP|MOV|CS2R|NOP|HSETP2|HMNMX2)$"
 )
 UNIFORM = re.compile(r"(U[A-Z0-9]+|R2UR|S2UR|VOTEU|REDUX)$")
-CONVERT = re.compile(r"(F2F|F2I|I2F|FRND|POPC|FLO|BREV|MOVM|D(ADD|MUL|FMA|SETP))$")
+CONVERT = re.compile(r"(F2F|F2I|I2F|FRND|POPC|FLO|BREV|MOVM)$")
+DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP)$")
 GLOBAL = re.compile(r"(LDG|LD|STG|ST|LDGSTS|RED|ATOM|ATOMG)$")
 
 
@@ -92,7 +94,9 @@ def cost(i: Instruction, machine: Machine, global_latency: float) -> Cost:
     if name in ("SHFL", "MATCH"):
         return Cost("lsu", 1, LATENCY["shfl"])
     if CONVERT.match(name):
-        return Cost("mufu", 16 if name.startswith("D") else 8, LATENCY["conv"])
+        return Cost("mufu", 8, LATENCY["conv"])
+    if DOUBLE.match(name):
+        return Cost("double", 128 / machine.doubles, LATENCY["conv"])
     if name in ("S2R", "LDC", "LDCU", "ULDC", "S2UR", "LDL", "STL"):
         return Cost("other", 1, LATENCY["constant"])
     if FMA.match(name):
