@@ -1,19 +1,39 @@
-"""The ZLPR loss from lists of positive classes: each tile's labels are set from the lists, so nothing is subtracted and
-a class listed twice counts once."""
+"""The ZLPR loss from lists of positive classes: nothing is subtracted, and a class listed twice counts once.
+
+Where no score is far from 0 the exponentials of all cells are made, those of the listed ones taken out, and 0 left in
+their place: the other half of the loss, and of its gradient, is made of these few. Elsewhere each tile's labels are set
+from the lists.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from . import zlpr_loss
-from ._tiles import computing_dtype, one_tile, small_on_one_thread
+from ._tiles import SMALL, computing, computing_dtype, one_tile, small_on_one_thread
+from .zlpr_loss import SAFE, divisors_of
 
 
-def labelled(
-    scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int
-) -> zlpr_loss.Cells:
-    """The cells of scores whose positives [outer, inner, listed] are in lists."""
+class Cells(zlpr_loss.Cells):
+    """Of scores whose positives [outer, inner, listed] are in lists."""
 
+    def __init__(
+        self, scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int
+    ) -> None:
+        super().__init__(scores, _reader(positives, ignore_index), True, mask)
+        self._positives, self._ignore_index = positives, ignore_index
+        self._buffers: list[torch.Tensor] = []
+
+    def plain(self, o: int, rows: slice) -> zlpr_loss.PlainRows | None:
+        s = computing(self.scores[o, rows])
+        if not self._buffers or self._buffers[0].shape != s.shape:
+            self._buffers = [torch.empty(s.shape, dtype=s.dtype), torch.zeros(s.shape, dtype=s.dtype)]
+        return plain_lists(s, _listed(self._positives[o, rows], s.shape[-1], self._ignore_index), *self._buffers)
+
+
+def _reader(positives: torch.Tensor, ignore_index: int) -> zlpr_loss.LabelReader:
     def read(o: int, rows: slice, columns: slice, out: torch.Tensor) -> None:
         listed = positives[o, rows].to(torch.int64)
         here = (listed >= columns.start) & (listed < columns.stop) & (listed != ignore_index)
@@ -22,7 +42,50 @@ def labelled(
         # amax, for several indices of a row may meet in a cell: those of other tiles all bring a 0 to the first.
         out.scatter_reduce_(1, torch.where(here, listed - first, 0), here.to(out.dtype), "amax")
 
-    return zlpr_loss.Cells(scores, read, True, mask)
+    return read
+
+
+def _listed(positives: torch.Tensor, classes: int, ignore_index: int) -> torch.Tensor:
+    """Of lists [rows, listed] the numbers of the listed cells among all of a tile; one listed twice is there twice."""
+    positives = positives if positives.dtype == torch.int64 else positives.long()
+    here = (positives >= 0) & (positives < classes)
+    if ignore_index >= 0:
+        here &= positives != ignore_index
+    first = torch.arange(0, len(positives) * classes, classes).unsqueeze(1)
+    return (positives + first).masked_select(here)
+
+
+class PlainLists(NamedTuple):
+    """PlainRows of lists."""
+
+    e: torch.Tensor  # [rows, C]: exp(s), 0 where listed
+    listed: torch.Tensor  # numbers of cells
+    e_listed: torch.Tensor  # exp(-s) of these
+    sums: torch.Tensor  # [2, rows, 1]
+    losses: torch.Tensor  # [rows]
+
+    def gradient(self, grad_scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Spends them."""
+        of_n, of_p = divisors_of(self.sums, grad_scale).unbind()
+        grad = torch.div(self.e, of_n, out=self.e if out is None else out)
+        rows = self.listed.div(grad.shape[-1], rounding_mode="floor")
+        grad.view(-1).scatter_(0, self.listed, self.e_listed.div_(of_p.take(rows)).neg_())
+        return grad
+
+
+def plain_lists(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor, u: torch.Tensor) -> PlainLists | None:
+    """Of scores ``s`` [rows, C] of which some are ``listed``. Fills e; u is 0, and is 0 again. None where the losses
+    say that a score was far from 0."""
+    torch.exp(s, out=e)
+    e_listed = e.take(listed).reciprocal_()
+    # Summed where they lie, for the bits of labels cell by cell: and what is listed twice is there once.
+    u.view(-1).scatter_(0, listed, e_listed)
+    S_p = u.sum(-1, keepdim=True)
+    u.view(-1).index_fill_(0, listed, 0.0)
+    e.view(-1).index_fill_(0, listed, 0.0)
+    sums = torch.stack([e.sum(-1, keepdim=True), S_p])
+    losses = sums.log1p().sum((0, -1))
+    return PlainLists(e, listed, e_listed, sums, losses) if float(losses.amax()) <= SAFE else None
 
 
 @small_on_one_thread(lambda scores, *_: scores.numel())
@@ -36,11 +99,13 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``zlpr_loss.forward``, with positives in place of labels."""
     if one_tile(scores, mask):
-        done = zlpr_loss.forward_plain(scores, _labels(scores, positives, ignore_index), True, grad_scale, with_grad)
-        if done is not None:
-            return done
+        if scores.numel() <= SMALL:  # where calls cost more than what they do
+            labels = _labels(scores, positives, ignore_index)
+            done = zlpr_loss.forward_plain(scores, labels, True, grad_scale, with_grad)
+            if done is not None:
+                return done
         scores, positives = (x.reshape(1, scores.shape[:-1].numel(), x.shape[-1]) for x in (scores, positives))
-    return zlpr_loss.sweep(labelled(scores, positives, mask, ignore_index), grad_scale, with_grad)
+    return zlpr_loss.sweep(Cells(scores, positives, mask, ignore_index), grad_scale, with_grad)
 
 
 def _labels(scores: torch.Tensor, positives: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -56,7 +121,7 @@ def _labels(scores: torch.Tensor, positives: torch.Tensor, ignore_index: int) ->
 def shard_log_sums(
     scores: torch.Tensor, positives: torch.Tensor, mask: torch.Tensor | None, ignore_index: int
 ) -> torch.Tensor:
-    return zlpr_loss.sweep_log_sums(labelled(scores, positives, mask, ignore_index))
+    return zlpr_loss.sweep_log_sums(Cells(scores, positives, mask, ignore_index))
 
 
 def shard_gradient(
@@ -67,4 +132,4 @@ def shard_gradient(
     grad_scale: float,
     ignore_index: int,
 ) -> torch.Tensor:
-    return zlpr_loss.sweep_gradient(labelled(scores, positives, mask, ignore_index), sums, grad_scale)
+    return zlpr_loss.sweep_gradient(Cells(scores, positives, mask, ignore_index), sums, grad_scale)

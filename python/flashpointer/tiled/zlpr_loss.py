@@ -8,7 +8,7 @@ the losses of whole rows, and at the scores of parts of rows. Labels are copied 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -49,6 +49,11 @@ class Cells:
             self._work = [self.scores.new_empty(shape, dtype=self.dtype), both, *both.unbind()]
         self._read_labels(o, rows, columns, self._work[0])
         return computing(self.scores[o, rows, columns]), *self._work
+
+    def plain(self, o: int, rows: slice) -> PlainRows | None:
+        """Of whole rows, if ``plain_rows`` will do."""
+        s, p, e, *_ = self.read(o, rows, slice(0, self.scores.shape[-1]))
+        return plain_rows(s, p, e, self.labels_surely_valid)
 
     def terms(self, o: int, rows: slice, columns: slice) -> Terms:
         s, p, _, n, u = self.read(o, rows, columns)
@@ -99,7 +104,7 @@ def forward_plain(
 
 
 class Plain(NamedTuple):
-    """Exponentials without pivots: of whole rows, of which none is far from 0."""
+    """PlainRows of labels cell by cell."""
 
     e: torch.Tensor  # [2, ..., C]
     e_n: torch.Tensor  # the first of it, (1 - t) exp(s)
@@ -109,13 +114,18 @@ class Plain(NamedTuple):
 
     def gradient(self, grad_scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
         """Spends them."""
-        ones = 1.0 / grad_scale
-        divisors = torch.rsub(self.sums, ones, alpha=-ones)  # (1 + sum) / grad_scale
+        divisors = divisors_of(self.sums, grad_scale)
         if self.e_n.numel() <= SMALL:
             self.e.div_(divisors)
             return torch.sub(self.e_n, self.e_p, out=out)
         of_n, of_p = divisors.unbind()  # here, too, each thread its own
         return torch.addcdiv(self.e_n.div_(of_n), self.e_p, of_p, value=-1, out=out)
+
+
+def divisors_of(sums: torch.Tensor, grad_scale: float) -> torch.Tensor:
+    """(1 + sum) / grad_scale"""
+    ones = 1.0 / grad_scale
+    return torch.rsub(sums, ones, alpha=-ones)
 
 
 def plain_rows(s: torch.Tensor, p: torch.Tensor, e: torch.Tensor, hard: bool) -> Plain | None:
@@ -149,8 +159,7 @@ def sweep(cells: Cells, grad_scale: float, with_grad: bool) -> tuple[torch.Tenso
         return loss, grad
     for o, rows in row_tiles(outer, inner, classes):
         if cells.mask is None and len(columns) == 1 and cells.scores.device.type == "cpu":
-            s, p, e, *_ = cells.read(o, rows, columns[0])
-            plain = plain_rows(s, p, e, cells.labels_surely_valid)
+            plain = cells.plain(o, rows)
             if plain is not None:
                 loss[o, rows] = plain.losses
                 if with_grad and grad.dtype == cells.dtype:
@@ -217,6 +226,17 @@ def _pivoted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(m, exp(x - m)), in the place of x; exp(inf - m) is inf, never NaN."""
     m = x.amax(-1, keepdim=True).clamp_(0.0, torch.finfo(x.dtype).max)
     return m, x.sub_(m).exp_()
+
+
+class PlainRows(Protocol):
+    """Exponentials without pivots: of whole rows, of which none is far from 0."""
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """[...]"""
+
+    def gradient(self, grad_scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Spends them."""
 
 
 class LogSum:
