@@ -70,6 +70,26 @@ def test_equals_dense_labels(place: Place, shape: tuple[int, ...]) -> None:
         assert relative_error(x, y) < 1e-6 if place.device == "cuda" else torch.equal(x, y)
 
 
+@pytest.mark.parametrize("of_scores", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_tile_after_tile_equals_dense_labels(of_scores: torch.dtype) -> None:
+    """The way of scores that are not far from 0, which takes the listed cells apart; of four tiles the second goes the
+    general way. Lists with a class twice, with two kinds of padding, and empty ones."""
+    shape, pad = (1700, 700), 7
+    scores = (torch.randn(shape) * 3).to(of_scores)
+    scores[600, 5] = 100.0  # where no class is listed
+    lists = torch.randint(-3, shape[1], (shape[0], 9))
+    lists[:, 0], lists[::3, 1], lists[::5] = 699, lists[::3, 2], pad
+    labels = torch.zeros(shape, dtype=torch.bool)
+    for row, indices in enumerate(lists.tolist()):
+        labels[row, [i for i in indices if i >= 0 and i != pad]] = True
+    for reduction, upstream in (("none", torch.rand(shape[0])), ("mean", torch.rand(()))):
+        as_lists = {"scores": scores, "positives": lists, "ignore_index": pad, "reduction": reduction}
+        as_labels = {"scores": scores, "labels": labels, "reduction": reduction}
+        sparse = run(fp.sparse_zlpr_loss, as_lists, ("scores",), upstream)
+        dense = run(fp.zlpr_loss, as_labels, ("scores",), upstream)
+        assert all(map(torch.equal, sparse, dense))
+
+
 def test_learned_positives_stay_up(place: Place) -> None:
     """Two positives far above 16,384 negatives, where a difference of sums has no digit left: loss above 0, gradient
     on the positives below."""
