@@ -28,7 +28,7 @@ class Tile:
     HEADS: Any  # to a program: forward
     BACK_HEADS: Any  # and backward; heads are padded to a multiple of it
     SIZE: Any  # D
-    VECTOR: Any  # D, padded to a power of two
+    VECTOR: Any  # D, padded to a power of two of at least LEAST_VECTOR
     CHUNK: Any  # of it, in products of q and k
     DTYPE: Any  # of vectors
     TABLE: Any  # of tables: bfloat16 has the range of float32, but float16 holds neither P, V, A nor their products
@@ -202,12 +202,14 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     return Plan(vector, 32, 32, 32, few, 16, heads, heads, 4, combine_warps, 8, 8, 2)
 
 
+# Shorter ones would save little, for heads and latency decide; and what spills at 32 need not at 64.
+LEAST_VECTOR = 64
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @cache
 def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, hip: bool) -> tuple[Plan, Tile]:
-    vector = max(16, power_of_two(size))
+    vector = max(LEAST_VECTOR, power_of_two(size))
     rule = plan(vector, heads, dtype)
     if hip:  # where a warp is twice as wide, and shared memory 64 KiB
         stages = 2 if vector == 128 else rule.stages
