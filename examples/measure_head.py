@@ -34,7 +34,7 @@ from rich.table import Table
 from synthetic import Sentence, entities
 from torch import nn
 from torch._inductor import config as inductor_config
-from train_ner import HEADS, Tagger, read
+from train_ner import HEADS, TAGGERS, read
 
 import flashpointer as fp
 
@@ -76,16 +76,6 @@ class WindowedEncoder(nn.Module):
         return SimpleNamespace(last_hidden_state=hidden.view(batch, -1, hidden.shape[-1])[:, :length])
 
 
-class EagerTagger(Tagger):
-    """As without this library: all scores, and dense labels."""
-
-    def loss(self, hidden: torch.Tensor, spans: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        with fp.use_backend("reference"):
-            scores = self.head(hidden, mask)
-        labels = fp.spans.to_dense(spans, *scores.shape[:3])
-        return fp.reference.zlpr_loss(scores.flatten(2), labels.flatten(2))
-
-
 def join(sentences: Sequence[Sentence], sizes: Sequence[int], limit: int) -> list[Sentence]:
     """Neighbours joined to documents as long as their sizes add up to at most the limit."""
     documents: list[Sentence] = []
@@ -120,8 +110,7 @@ def batch_of(tokenizer: Any, sentences: Sequence[Sentence], types: Sequence[str]
 def measure(encoder: WindowedEncoder, batch: Batch, types: int, options: argparse.Namespace) -> Parts:
     """The head, the step and the decoding of a batch. Where the scores would not fit in memory, fused alone."""
     torch.manual_seed(options.seed)
-    kinds = {"eager": EagerTagger, "fused": Tagger}
-    taggers = {name: kind(encoder, options.head, types).to(options.device) for name, kind in kinds.items()}
+    taggers = {name: kind(encoder, options.head, types).to(options.device) for name, kind in TAGGERS.items()}
     head = taggers["eager"].head = taggers["fused"].head
     mask, spans = batch["attention_mask"], batch["labels"]
     with torch.no_grad():

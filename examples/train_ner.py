@@ -39,6 +39,7 @@ HEADS = {"efficient": fp.nn.EfficientGlobalPointer, "global": fp.nn.GlobalPointe
 @dataclass
 class NerOptions(Options):
     head: Literal["efficient", "global"] = field(default="efficient", metadata={"help": "the span head"})
+    loss: Literal["fused", "eager"] = field(default="fused", metadata={"help": "eager: from all scores, to compare"})
 
 
 def read(path: Path) -> list[Sentence]:
@@ -123,6 +124,19 @@ class Tagger(nn.Module):
         return self.head.loss(hidden, spans, mask)
 
 
+class EagerTagger(Tagger):
+    """As without this library: all scores, and dense labels."""
+
+    def loss(self, hidden: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
+        with fp.use_backend("reference"):
+            scores = self.head(hidden, mask)
+        labels = fp.spans.to_dense(spans, *scores.shape[:3])
+        return fp.reference.zlpr_loss(scores.flatten(2), labels.flatten(2))
+
+
+TAGGERS = {"eager": EagerTagger, "fused": Tagger}
+
+
 def main() -> None:
     options, arguments = parse(NerOptions, __doc__.splitlines()[0], rate=4e-3)
     transformers.set_seed(arguments.seed)
@@ -140,9 +154,10 @@ def main() -> None:
         f1 = fp.metrics.SpanF1(types)
         found = fp.spans.to_words(torch.as_tensor(prediction.predictions), encoding, types)
         f1.update(fp.spans.from_lists(found, types), gold)
-        return f1.compute()
+        true = f1.counts[:-1, 2].tolist()
+        return f1.compute() | {f"gold/{kind}": count for kind, count in zip(types, true, strict=True)}
 
-    pad, tagger = tokenizer.pad_token_id or 0, Tagger(encoder, options.head, len(types))
+    pad, tagger = tokenizer.pad_token_id or 0, TAGGERS[options.loss](encoder, options.head, len(types))
     fit(
         tagger, options, arguments, processing_class=tokenizer,
         data_collator=functools.partial(fp.spans.collate, heads=types, key="labels", pad_token_id=pad),
