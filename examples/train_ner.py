@@ -39,7 +39,7 @@ HEADS = {"efficient": fp.nn.EfficientGlobalPointer, "global": fp.nn.GlobalPointe
 @dataclass
 class NerOptions(Options):
     head: Literal["efficient", "global"] = field(default="efficient", metadata={"help": "the span head"})
-    loss: Literal["fused", "eager"] = field(default="fused", metadata={"help": "eager: from all scores, to compare"})
+    loss: Literal["fused", "eager"] = field(default="fused", metadata={"help": "eager: from stored scores, to compare"})
 
 
 def read(path: Path) -> list[Sentence]:
@@ -63,25 +63,34 @@ def _read_json(path: Path) -> Iterator[Sentence]:
 
 
 def _read_columns(path: Path) -> Iterator[Sentence]:
-    """Sentences between blank lines; lines that start with -DOCSTART- are left out, and comments: a # and no tag."""
+    """Sentences between blank lines. Lines of -DOCSTART- are left out, and so are comments. A line that starts with #
+    is one if its last column is no tag, or if it has other columns than the words have. A word may be # or #topic."""
+    lines = []
+    for where, line in itertools.chain(read_lines(path), [("its end", "")]):
+        separator = "\t" if "\t" in line else " "
+        columns = [column for column in line.strip().split(separator) if column]
+        lines.append((where, columns, (separator, len(columns))))
+    shapes = {shape for _, columns, shape in lines if columns and not columns[0].startswith(("#", "-DOCSTART-"))}
     tokens: list[str] = []
     tags: list[str] = []
-    for where, line in itertools.chain(read_lines(path), [("its end", "")]):
-        columns = [column for column in line.strip().split("\t" if "\t" in line else " ") if column]
+    for where, columns, shape in lines:
         if not columns or columns[0] == "-DOCSTART-":
             if tokens:
                 yield Sentence(tokens, fp.spans.from_tags([tags])[0])
             tokens, tags = [], []
             continue
+        may_be_comment = columns[0].startswith("#")
+        if may_be_comment and shapes and shape not in shapes:
+            continue
         try:
             fp.spans.from_tags([columns[-1:]])
         except ValueError as error:
-            if columns[0].startswith("#"):
+            if may_be_comment:
                 continue
             takes = str(error).partition(" takes ")[2]
             raise InputError(f"{where}: column {len(columns)}, the last, takes {takes}") from None
         if len(columns) == 1:
-            raise InputError(f"{where}: takes a token and its tag; got {line.strip()!r}")
+            raise InputError(f"{where}: takes a token and its tag; got {' '.join(columns)!r}")
         tokens.append(columns[0])
         tags.append(columns[-1])
 

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -290,6 +291,23 @@ def test_errors_name_the_argument(run: Run, program: Any, arguments: list[str], 
     assert says in done.err.splitlines()[-1]
 
 
+@both_programs
+def test_help_is_short_and_names_what_the_readme_and_the_program_itself_use(run: Run, program: Any) -> None:
+    shown = run(program, "--help")
+    assert shown.status == 0
+    assert len(shown.out.splitlines()) < 70
+    texts = [(EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), program.__doc__]
+    commands = [match for text in texts for match in re.findall(rf"{program.__name__}\.py[^;\n]*", text)]
+    used = {option for command in commands for option in re.findall(r"--\w+", command)}
+    assert "--encoder" in used
+    for option in used:
+        assert option in shown.out
+    everything = run(program, "--help_all")
+    assert everything.status == 0
+    assert "--warmup_steps" in everything.out
+    assert "--warmup_steps" not in shown.out
+
+
 def test_errors_name_the_choices(run: Run) -> None:
     assert "argument --head: invalid choice: 'crf' (choose from" in run(train_ner, "--head=crf").err
     assert "argument --loss: invalid choice: 'hinge'" in run(train_multilabel, "--loss=hinge").err
@@ -322,6 +340,19 @@ def test_columns_are_read(tmp_path: Path, separator: str) -> None:
     file.write_bytes(gzip.compress(f"-DOCSTART- -X- O\n\n# text = w0\n{block}\n\n\n{block}".encode()))
     expected = synthetic.Sentence(["w0", "#", "w2", "w3"], [("A", 1, 2), ("B", 3, 3)])
     assert train_ner.read(file) == [expected] * 2
+
+
+@pytest.mark.parametrize("separator", [" ", "\t"])
+def test_a_comment_that_ends_like_a_tag_is_no_word(tmp_path: Path, separator: str) -> None:
+    """It has other columns than the words; a word that starts with # has as many."""
+    comments = ["# see annex O", "# newdoc id = O", "# O" if separator == "\t" else "#O"]
+    words = [f"#nlp{separator}S-A", f"#{separator}O", f"w{separator}B-A"]
+    file = tmp_path / "a.bio"
+    for lines in (comments + words, words[:1] + comments + words[1:], [*comments, "", *words, *comments]):
+        file.write_text("\n".join(lines))
+        assert train_ner.read(file) == [synthetic.Sentence(["#nlp", "#", "w"], [("A", 0, 0), ("A", 2, 2)])]
+    file.write_text("\n".join(words[:2]))  # no line tells how many columns a word has
+    assert train_ner.read(file) == [synthetic.Sentence(["#nlp", "#"], [("A", 0, 0)])]
 
 
 def test_json_lines_and_columns_say_the_same(tmp_path: Path) -> None:
