@@ -6,10 +6,10 @@
 A file is JSON lines ``{"tokens": ["Anna", ...], "spans": [[start, end, type], ...]}``, end inclusive, if its name ends
 in .jsonl, .json or either with .gz; else CoNLL columns, the token first and its tag (BIO, BIOES, BILOU, BMES) last.
 
-A span goes from the first piece of its first word to the last piece of its last word, and a found span stands for the
-words of its pieces. What is longer than --max_length is read in windows that overlap by a quarter. Dev scores are those
-of whole sentences: an entity that no window holds lowers recall. What was learned is left in the folder ``model`` of
---output_dir, as a ``SpanModel`` and its tokenizer.
+The tokenizer splits words into pieces. A span goes from the first piece of its first word to the last piece of its last
+word, and found spans are converted back to words. Longer sentences than --max_length are read in windows that overlap
+by a quarter. Dev scores are those of whole sentences, so an entity that no window holds lowers recall. The folder
+``model`` in --output_dir then holds the trained ``SpanModel`` and its tokenizer.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main() -> None:
     folder = Path(arguments.output_dir) / "model"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"SpanModel.from_pretrained({str(folder)!r}) of flashpointer.hf loads it, and its predict reads texts")
+    print(f"The model is loaded by flashpointer.hf.SpanModel.from_pretrained({str(folder)!r}); its predict takes texts")
 
 
 if __name__ == "__main__":
