@@ -19,7 +19,9 @@ PIPE_WIDTH = 150
 def main() -> int:
     known = ops()
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measures the ops beside their rivals, or models them."
+        prog="python -m benchmarks",
+        description=sys.modules[__package__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "tool",
@@ -28,12 +30,20 @@ def main() -> int:
         default="sweep",
         help="default: sweep",
     )
-    parser.add_argument("--quick", action="store_true", help="few shapes, one dtype: some minutes")
+    parser.add_argument("--quick", action="store_true", help="few shapes, one dtype")
     parser.add_argument("--op", nargs="+", choices=known, default=list(known), metavar="NAME", help="default: all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "local", metavar="DIR")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / "local",
+        metavar="DIR",
+        help="for results and plots; default: benchmarks/results/local",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--chip", choices=("sm_90", "sm_80"), default="sm_90", help="of the model; default: sm_90")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of the gpu pass, in all; default: 9.5")
+    parser.add_argument(
+        "--chip", choices=("sm_90", "sm_80"), default="sm_90", help="the chip that is modelled; default: sm_90"
+    )
+    parser.add_argument("--minutes", type=float, default=9.5, help="length of the gpu pass; default: 9.5")
     arguments = parser.parse_args()
     if arguments.tool == "gpu":
         chosen = [known[name] for name in arguments.op]

@@ -1,15 +1,15 @@
 """Draws the figures in docs/evidence from the files beside them, and writes the tables of docs/evidence.md.
 
-    python docs/evidence.py
+    python docs/evidence.py          # from the files that are there
+    python docs/evidence.py runs     # after copying the losses and scores of the training runs in that folder
 
-A test holds that page and files agree.
+A test checks that the page and the files agree.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -30,19 +30,35 @@ SETS = {"wnut17": "WNUT 2017", "germeval2014": "GermEval 2014"}
 RATES = ("5e-5", "2e-4")  # of learning, in the loss curves
 # Set and learning rate of each of these, by its name in the files.
 CURVES = {f"{name}-{rate}": (title, rate) for rate in RATES for name, title in SETS.items()}
-LIMIT = 1e-4  # below which the losses of a step were to differ
+LIMIT = 1e-4  # our criterion: the losses of a step differ by less
 CONTROL, CONTROL_NAME = "eager-2-threads", "eager on two threads"  # what another rounding alone does
 CONTENDERS = {"eager": COLOURS["eager"], "compile": COLOURS["compile"], "fused": COLOURS["ours"]}
+SCORES = ("precision", "recall", "f1")
 PARTS = {"head": "head", "step": "whole step", "decode": "decoding"}
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
+def collect(runs: Path, files: Path) -> None:
+    """Copies the log of each training run: a line for the loss of each step, then one for its scores on dev."""
+    for path in runs.rglob("eval_results.json"):
+        history = json.loads((path.parent / "trainer_state.json").read_text())["log_history"]
+        losses = [{name: record[name] for name in ("step", "loss")} for record in history if "loss" in record]
+        scores = {name.removeprefix("eval_"): score for name, score in json.loads(path.read_text()).items()}
+        dev = {name: score for name, score in scores.items() if name.partition("/")[0] in (*SCORES, "macro_f1", "gold")}
+        lines = [json.dumps(record) + "\n" for record in (*losses, {"step": losses[-1]["step"], "dev": dev})]
+        (files / f"{'-'.join(path.parent.relative_to(runs).parts)}.jsonl").write_text("".join(lines))
+
+
+def log(run: str) -> list[dict[str, Any]]:
+    """The records of a run."""
+    return [json.loads(line) for line in (FILES / f"{run}.jsonl").read_text().splitlines()]
+
+
 def curve(run: str, loss: str) -> list[float]:
     """The loss of each step of a run."""
-    lines = (FILES / f"loss-{run}-{loss}.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    return [record["loss"] for record in log(f"loss-{run}-{loss}") if "loss" in record]
 
 
 def differences(run: str, loss: str = "fused") -> list[float]:
@@ -78,11 +94,21 @@ def share(case: dict[str, Any], contender: str, what: str) -> float:
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def printed(name: str) -> str:
-    """The table that a program printed, in Markdown."""
-    lines = (FILES / f"{name}.txt").read_text().splitlines()
-    columns, *rows = ([cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[:1] in {*"│┃"})
-    return table(columns, rows)
+def score_table(name: str) -> str:
+    """The scores of a tagger: of each type, of all spans, and their mean over the types."""
+    dev = log(f"f1-{name}")[-1]["dev"]
+    gold = {key.removeprefix("gold/"): count for key, count in dev.items() if key.startswith("gold/")}
+    rows = [[kind, *(f"{dev[f'{score}/{kind}']:.4f}" for score in SCORES), str(gold[kind])] for kind in gold]
+    rows.append(["micro", *(f"{dev[score]:.4f}" for score in SCORES), str(sum(gold.values()))])
+    rows.append(["macro", "", "", f"{dev['macro_f1']:.4f}", ""])
+    return table(["type", *SCORES, "gold"], rows)
+
+
+def classifier_table() -> str:
+    """The scores of the classifiers, by their loss."""
+    logs = {loss: log(f"f1-goemotions-{loss}")[-1]["dev"] for loss in ("zlpr", "bce")}
+    rows = [[loss, *(f"{dev[score]:.4f}" for score in (*SCORES, "macro_f1"))] for loss, dev in logs.items()]
+    return table(["loss", "precision", "recall", "micro F1", "macro F1"], rows)
 
 
 def loss_table() -> str:
@@ -134,11 +160,12 @@ def share_table() -> str:
 
 def tables() -> dict[str, str]:
     """By the name that they have on the page."""
-    runs = {f"f1-{name}": printed(f"f1-{name}") for name in (*SETS, "goemotions")}
+    taggers = {f"f1-{name}": score_table(name) for name in SETS}
     times, memory = head_table("time"), head_table("peak")
     return {
         "losses": loss_table(),
-        **runs,
+        **taggers,
+        "f1-goemotions": classifier_table(),
         "time": times,
         "memory": memory,
         "conditions": conditions(),
@@ -169,7 +196,7 @@ def loss_figure() -> Figure:
         # A step with the same loss to the last bit has no place on a log scale.
         below[column].plot(steps, differences(run, CONTROL), "o", color=CONTENDERS["eager"], label=CONTROL_NAME)
         below[column].plot(steps, differences(run), ".", color=CONTENDERS["fused"], label="fused")
-        below[column].axhline(LIMIT, color="black", linestyle="--", linewidth=1, label="what fused was to stay below")
+        below[column].axhline(LIMIT, color="black", linestyle="--", linewidth=1, label="criterion")
         below[column].set_xlabel("step")
     above[0].set_yscale("log")
     above[0].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
@@ -225,6 +252,8 @@ def head_figure() -> Figure:
 
 
 if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        collect(Path(folder), FILES)
     loss_figure().savefig(FILES / "losses.png", dpi=150)
     head_figure().savefig(FILES / "head.png", dpi=150)
     PAGE.write_text(filled(PAGE.read_text("utf-8"), tables()), "utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import gzip
 import json
 import reprlib
@@ -67,25 +69,53 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 @dataclass
 class Options:
-    """Those that all programs have beside Trainer's."""
+    """The options that all programs have, beside Trainer's."""
 
-    train: Path | None = field(default=None, metadata={"help": "a file to train on; without it, a synthetic corpus"})
+    train: Path | None = field(default=None, metadata={"help": "a file to train on; without it, synthetic data"})
     dev: Path | None = field(default=None, metadata={"help": "a file to evaluate on"})
-    encoder: str | None = field(default=None, metadata={"help": "an encoder by path or name; without it, a small one"})
-    max_length: int = field(default=512, metadata={"help": "pieces that the encoder reads at a time"})
-    head_learning_rate: float = field(default=2e-3, metadata={"help": "of all layers but the encoder's"})
+    encoder: str | None = field(default=None, metadata={"help": "a Hugging Face encoder; without it, a small one"})
+    max_length: int = field(default=512, metadata={"help": "longest input of the encoder, in tokens"})
+    head_learning_rate: float = field(default=2e-3, metadata={"help": "learning rate of all other layers"})
+
+
+# Those of Trainer's options that --help shows.
+SHOWN = {
+    "output_dir": "a folder for checkpoints, log, scores and the trained model; without it, trainer_output",
+    "num_train_epochs": "passes over the training data",
+    "max_steps": "training steps; above 0 it takes the place of the epochs",
+    "per_device_train_batch_size": "examples per training step and device",
+    "learning_rate": "learning rate of the encoder; without it, 5e-5, and {} for the small encoder",
+    "bf16": "train under autocast in bfloat16",
+    "seed": "seed of weights, order of examples and dropout",
+    "use_cpu": "train on the CPU even where there is a GPU",
+    "logging_steps": "steps from one line of the log to the next",
+    "save_strategy": "when to write a checkpoint",
+    "resume_from_checkpoint": "the folder of the checkpoint to continue from",
+}
 
 
 def parse(
     kind: type[Options], about: str, rate: float, epochs: float = 3
 ) -> tuple[Any, transformers.TrainingArguments]:
-    """The options of a program, and Trainer's, of which some have other defaults here; rate is that of learning for the
-    small encoder."""
+    """The options of a program, and Trainer's. Some of Trainer's have other defaults here.
+
+    Args:
+        kind: the program's own options.
+        about: what the program does, for ``--help``.
+        rate: the default learning rate with the small encoder.
+        epochs: the default number of epochs.
+    """
     parser = transformers.HfArgumentParser([kind, transformers.TrainingArguments], description=about)
+    parser.add_argument("--help_all", action="help", help="show the other options of Trainer too, and exit")
     # What forward does not name is what collate reads. Without a learning rate, it depends on the encoder.
     parser.set_defaults(remove_unused_columns=False, learning_rate=None, warmup_steps=0.1, weight_decay=0.01)
     parser.set_defaults(num_train_epochs=epochs)
     parser.set_defaults(per_device_train_batch_size=16, per_device_eval_batch_size=16, logging_steps=50)
+    if "--help_all" not in sys.argv:
+        own = {option.name for option in dataclasses.fields(kind)} | {"help", argparse.SUPPRESS}
+        for action in parser._actions:
+            if action.dest not in own:
+                action.help = SHOWN.get(action.dest, argparse.SUPPRESS).replace("{}", f"{rate:g}")
     try:
         options, arguments = parser.parse_args_into_dataclasses()
     except ValueError as error:

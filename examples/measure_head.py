@@ -4,12 +4,12 @@
     python examples/measure_head.py --data dev.jsonl.gz --encoder bert-base-cased --out head.json
 
 A batch is 16 sentences, or 4 documents: neighbouring sentences joined. The head is its linear layers, its scores and
-its loss, forward and backward, from given hidden states to the gradients of these and of its weights. The step is that
-of the encoder, in training mode, and the head together, without the optimizer. Where a document is longer than the
-positions that the encoder has, the encoder reads it in windows, and the head reads the whole.
+its loss, forward and backward, from given hidden states to the gradients of these and of its weights. The step is the
+encoder, in training mode, and the head together, without the optimizer. If a document is longer than the encoder's
+positions, the encoder reads it in windows, and the head reads the whole.
 
-Contenders take turns in one run. Eager is all scores, and dense labels made of the spans. Nothing is timed before the
-losses, gradients and decoded spans of all contenders agree.
+Contenders take turns in one run. Eager computes all scores and makes dense labels of the spans. Nothing is timed before
+the losses, gradients and decoded spans of all contenders agree.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rich.table import Table
 from synthetic import Sentence, entities
 from torch import nn
 from torch._inductor import config as inductor_config
-from train_ner import HEADS, Tagger, read
+from train_ner import HEADS, TAGGERS, read
 
 import flashpointer as fp
 
@@ -76,16 +76,6 @@ class WindowedEncoder(nn.Module):
         return SimpleNamespace(last_hidden_state=hidden.view(batch, -1, hidden.shape[-1])[:, :length])
 
 
-class EagerTagger(Tagger):
-    """As without this library: all scores, and dense labels."""
-
-    def loss(self, hidden: torch.Tensor, spans: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        with fp.use_backend("reference"):
-            scores = self.head(hidden, mask)
-        labels = fp.spans.to_dense(spans, *scores.shape[:3])
-        return fp.reference.zlpr_loss(scores.flatten(2), labels.flatten(2))
-
-
 def join(sentences: Sequence[Sentence], sizes: Sequence[int], limit: int) -> list[Sentence]:
     """Neighbours joined to documents as long as their sizes add up to at most the limit."""
     documents: list[Sentence] = []
@@ -120,8 +110,7 @@ def batch_of(tokenizer: Any, sentences: Sequence[Sentence], types: Sequence[str]
 def measure(encoder: WindowedEncoder, batch: Batch, types: int, options: argparse.Namespace) -> Parts:
     """The head, the step and the decoding of a batch. Where the scores would not fit in memory, fused alone."""
     torch.manual_seed(options.seed)
-    kinds = {"eager": EagerTagger, "fused": Tagger}
-    taggers = {name: kind(encoder, options.head, types).to(options.device) for name, kind in kinds.items()}
+    taggers = {name: kind(encoder, options.head, types).to(options.device) for name, kind in TAGGERS.items()}
     head = taggers["eager"].head = taggers["fused"].head
     mask, spans = batch["attention_mask"], batch["labels"]
     with torch.no_grad():
@@ -236,18 +225,20 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data", type=Path, metavar="FILE", help="JSON lines or CoNLL columns, perhaps gzipped; else synthetic")
-    add("--encoder", metavar="NAME", help="a Hugging Face encoder, by path or name; without it, a small plain one")
+    add("--encoder", metavar="NAME", help="a Hugging Face encoder; without it, a small one")
     add("--head", choices=HEADS, default="efficient", help="the span head")
-    add("--documents", type=number(int, 16), nargs="+", default=[512, 1024, 2048], metavar="N", help="their pieces")
-    add("--seconds", type=number(float, 0), default=2.0, help="for each contender, warm-up aside")
+    add(
+        "--documents", type=number(int, 16), nargs="+", default=[512, 1024, 2048], metavar="N", help="lengths in tokens"
+    )
+    add("--seconds", type=number(float, 0), default=2.0, help="time for each contender, after warm-up")
     add(
         "--device",
         type=existing_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to measure",
     )
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of the batches, of weights and dropout")
-    add("--out", type=Path, metavar="FILE", help="JSON: all numbers and their conditions")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="seed of batches, weights and dropout")
+    add("--out", type=Path, metavar="FILE", help="where to write all numbers, as JSON")
     options = parser.parse_args()
     if options.out:
         try:  # now, not after all the measuring

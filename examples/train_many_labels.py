@@ -155,13 +155,13 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=1500, help="of training")
-    add("--batch", type=int, default=128, help="texts of a step")
-    add("--size", type=int, default=128, help="of the hidden states")
-    add("--rate", type=float, default=3e-3, help="of Adam")
-    add("--in-backward", choices=BLOCKWISE, help="who steps on the weight of the output layer, block by block")
-    add("--compare", action="store_true", help="measures a step beside the eager one")
-    add("--seed", type=int, default=0)
+    add("--steps", type=int, default=1500, help="training steps")
+    add("--batch", type=int, default=128, help="texts per step")
+    add("--size", type=int, default=128, help="hidden size")
+    add("--rate", type=float, default=3e-3, help="learning rate of Adam")
+    add("--in-backward", choices=BLOCKWISE, help="optimizer that updates the output layer in backward, block by block")
+    add("--compare", action="store_true", help="first measure a step beside the eager one")
+    add("--seed", type=int, default=0, help="seed of weights and data")
     options = parser.parse_args()
 
     ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))

@@ -3,8 +3,8 @@
     python examples/train_multilabel.py --compare                   # a synthetic corpus, under a minute, no download
     python examples/train_multilabel.py --train train.jsonl.gz --dev dev.jsonl.gz --encoder bert-base-cased
 
-A file is JSON lines ``{"text": "...", "labels": ["joy", ...]}``, perhaps gzipped. A text may have no label. Both losses
-put the threshold at a score of 0.
+A file is JSON lines ``{"text": "...", "labels": ["joy", ...]}``, perhaps gzipped. A text may have no label. With both
+losses a label is predicted where its score is above 0.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import flashpointer as fp
 @dataclass
 class ClassifierOptions(Options):
     loss: Literal["zlpr", "bce"] = field(default="zlpr", metadata={"help": "bce: binary cross entropy"})
-    compare: bool = field(default=False, metadata={"help": "both losses, on one seed, into folders of their names"})
-    r_drop: float = field(default=0.0, metadata={"help": "the alpha of R-Drop, arXiv:2106.14448: two passes"})
-    smoothing: float = field(default=0.0, metadata={"help": "labels of smoothing / 2 and 1 - smoothing / 2"})
-    mixup: float = field(default=0.0, metadata={"help": "texts and labels mixed by Beta(mixup)"})
-    max_length: int = field(default=128, metadata={"help": "pieces kept of a text"})
+    compare: bool = field(default=False, metadata={"help": "both losses from one seed, each into its own folder"})
+    r_drop: float = field(default=0.0, metadata={"help": "alpha of R-Drop (arXiv:2106.14448): two passes"})
+    smoothing: float = field(default=0.0, metadata={"help": "labels become smoothing / 2 and 1 - smoothing / 2"})
+    mixup: float = field(default=0.0, metadata={"help": "mixup of texts and labels, with shares of Beta(mixup)"})
+    max_length: int = field(default=128, metadata={"help": "tokens kept of a text"})
 
 
 def read(path: Path) -> list[Text]:

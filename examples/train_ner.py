@@ -6,10 +6,10 @@
 A file is JSON lines ``{"tokens": ["Anna", ...], "spans": [[start, end, type], ...]}``, end inclusive, if its name ends
 in .jsonl, .json or either with .gz; else CoNLL columns, the token first and its tag (BIO, BIOES, BILOU, BMES) last.
 
-A span goes from the first piece of its first word to the last piece of its last word, and a found span stands for the
-words of its pieces. What is longer than --max_length is read in windows that overlap by a quarter. Dev scores are those
-of whole sentences: an entity that no window holds lowers recall. What was learned is left in the folder ``model`` of
---output_dir, as a ``SpanModel`` and its tokenizer.
+The tokenizer splits words into pieces. A span goes from the first piece of its first word to the last piece of its last
+word, and found spans are converted back to words. Longer sentences than --max_length are read in windows that overlap
+by a quarter. Dev scores are those of whole sentences, so an entity that no window holds lowers recall. The folder
+``model`` in --output_dir then holds the trained ``SpanModel`` and its tokenizer.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ HEADS = {"efficient": fp.nn.EfficientGlobalPointer, "global": fp.nn.GlobalPointe
 @dataclass
 class NerOptions(Options):
     head: Literal["efficient", "global"] = field(default="efficient", metadata={"help": "the span head"})
+    loss: Literal["fused", "eager"] = field(default="fused", metadata={"help": "eager: from stored scores, to compare"})
 
 
 def read(path: Path) -> list[Sentence]:
@@ -62,25 +63,34 @@ def _read_json(path: Path) -> Iterator[Sentence]:
 
 
 def _read_columns(path: Path) -> Iterator[Sentence]:
-    """Sentences between blank lines; lines that start with -DOCSTART- are left out, and comments: a # and no tag."""
+    """Sentences between blank lines. Lines of -DOCSTART- are left out, and so are comments. A line that starts with #
+    is one if its last column is no tag, or if it has other columns than the words have. A word may be # or #topic."""
+    lines = []
+    for where, line in itertools.chain(read_lines(path), [("its end", "")]):
+        separator = "\t" if "\t" in line else " "
+        columns = [column for column in line.strip().split(separator) if column]
+        lines.append((where, columns, (separator, len(columns))))
+    shapes = {shape for _, columns, shape in lines if columns and not columns[0].startswith(("#", "-DOCSTART-"))}
     tokens: list[str] = []
     tags: list[str] = []
-    for where, line in itertools.chain(read_lines(path), [("its end", "")]):
-        columns = [column for column in line.strip().split("\t" if "\t" in line else " ") if column]
+    for where, columns, shape in lines:
         if not columns or columns[0] == "-DOCSTART-":
             if tokens:
                 yield Sentence(tokens, fp.spans.from_tags([tags])[0])
             tokens, tags = [], []
             continue
+        may_be_comment = columns[0].startswith("#")
+        if may_be_comment and shapes and shape not in shapes:
+            continue
         try:
             fp.spans.from_tags([columns[-1:]])
         except ValueError as error:
-            if columns[0].startswith("#"):
+            if may_be_comment:
                 continue
             takes = str(error).partition(" takes ")[2]
             raise InputError(f"{where}: column {len(columns)}, the last, takes {takes}") from None
         if len(columns) == 1:
-            raise InputError(f"{where}: takes a token and its tag; got {line.strip()!r}")
+            raise InputError(f"{where}: takes a token and its tag; got {' '.join(columns)!r}")
         tokens.append(columns[0])
         tags.append(columns[-1])
 
@@ -123,6 +133,19 @@ class Tagger(nn.Module):
         return self.head.loss(hidden, spans, mask)
 
 
+class EagerTagger(Tagger):
+    """As without this library: all scores, and dense labels."""
+
+    def loss(self, hidden: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
+        with fp.use_backend("reference"):
+            scores = self.head(hidden, mask)
+        labels = fp.spans.to_dense(spans, *scores.shape[:3])
+        return fp.reference.zlpr_loss(scores.flatten(2), labels.flatten(2))
+
+
+TAGGERS = {"eager": EagerTagger, "fused": Tagger}
+
+
 def main() -> None:
     options, arguments = parse(NerOptions, __doc__.splitlines()[0], rate=4e-3)
     transformers.set_seed(arguments.seed)
@@ -140,9 +163,10 @@ def main() -> None:
         f1 = fp.metrics.SpanF1(types)
         found = fp.spans.to_words(torch.as_tensor(prediction.predictions), encoding, types)
         f1.update(fp.spans.from_lists(found, types), gold)
-        return f1.compute()
+        true = f1.counts[:-1, 2].tolist()
+        return f1.compute() | {f"gold/{kind}": count for kind, count in zip(types, true, strict=True)}
 
-    pad, tagger = tokenizer.pad_token_id or 0, Tagger(encoder, options.head, len(types))
+    pad, tagger = tokenizer.pad_token_id or 0, TAGGERS[options.loss](encoder, options.head, len(types))
     fit(
         tagger, options, arguments, processing_class=tokenizer,
         data_collator=functools.partial(fp.spans.collate, heads=types, key="labels", pad_token_id=pad),
@@ -153,7 +177,7 @@ def main() -> None:
     folder = Path(arguments.output_dir) / "model"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"SpanModel.from_pretrained({str(folder)!r}) of flashpointer.hf loads it, and its predict reads texts")
+    print(f"The model is loaded by flashpointer.hf.SpanModel.from_pretrained({str(folder)!r}); its predict takes texts")
 
 
 if __name__ == "__main__":

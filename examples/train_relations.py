@@ -2,10 +2,10 @@
 
     python examples/train_relations.py                             # a corpus that it makes, under a minute, no download
 
-A triple is a predicate and two entities, its subject and its object. One head finds subjects and objects. Two heads
-have a score for each predicate and each pair of tokens in any order, so neither triangle nor RoPE: one for the first
-tokens of subject and object, one for their last tokens. A triple is found where all four are: both entities and both
-pairs. Entities may lie inside each other and be in several triples. Su Jianlin, https://kexue.fm/archives/8888
+A triple is a predicate and two entities, its subject and its object. One span layer finds subjects and objects. Two
+others score each predicate for each pair of tokens, in any order, so they have neither triangle nor RoPE: one for the
+first tokens of subject and object, one for their last tokens. A triple is found where all four are: both entities and
+both pairs. Entities may lie inside each other and be in several triples. Su Jianlin, https://kexue.fm/archives/8888
 """
 
 from __future__ import annotations

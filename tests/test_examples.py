@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,33 +124,29 @@ def test_the_linker_learns_relations(run: Run, tmp_path: Path) -> None:
     assert min(result[f"eval_f1/{predicate}"] for predicate in synthetic.PREDICATES) > 0.9
 
 
-def check_losses(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
+def check_losses(run: Run, folder: Path, *options: object) -> None:
     """Those of 100 steps, without the scores, and from all scores and dense labels, differ by less than 1e-4."""
-    for package in ("psutil", "rich"):
-        pytest.importorskip(package, reason=f"measure_head.py needs {package}: pip install 'flashpointer[bench]'")
     curves = []
-    for tagger in (train_ner.Tagger, importlib.import_module("measure_head").EagerTagger):
-        monkeypatch.setattr(train_ner, "Tagger", tagger)
-        done = run(train_ner, "--max_steps=100", "--logging_steps=1", "--learning_rate=2e-3", *options)
+    for loss in ("fused", "eager"):
+        done = run(train_ner, "--max_steps=100", "--logging_steps=1", "--learning_rate=2e-3", "--loss", loss, *options)
         assert done.status == 0, done.err
         curves.append(torch.tensor(log_in(folder / "out")))
     assert curves[0].shape == (100,)
+    assert not curves[0].equal(curves[1])  # else one program was run twice
     torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
 
 
 @both_heads
-def test_fused_and_eager_losses_coincide(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str) -> None:
-    check_losses(run, tmp_path, monkeypatch, "--head", head)
+def test_fused_and_eager_losses_coincide(run: Run, tmp_path: Path, head: str) -> None:
+    check_losses(run, tmp_path, "--head", head)
 
 
 @pytest.mark.parametrize("name", ["germeval2014", "wnut17"])
-def test_fused_and_eager_losses_coincide_on_real_data(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_fused_and_eager_losses_coincide_on_real_data(run: Run, tmp_path: Path, name: str) -> None:
     if "FLASHPOINTER_DATA" not in os.environ:
         pytest.skip("FLASHPOINTER_DATA names no folder of data sets")
     file = Path(os.environ["FLASHPOINTER_DATA"]) / name / "dev.jsonl.gz"
-    check_losses(run, tmp_path, monkeypatch, "--train", file, "--dev", file)
+    check_losses(run, tmp_path, "--train", file, "--dev", file)
 
 
 # --- interruption --------------------------------------------------------------------------------------------------
@@ -294,6 +291,23 @@ def test_errors_name_the_argument(run: Run, program: Any, arguments: list[str], 
     assert says in done.err.splitlines()[-1]
 
 
+@both_programs
+def test_help_is_short_and_names_what_the_readme_and_the_program_itself_use(run: Run, program: Any) -> None:
+    shown = run(program, "--help")
+    assert shown.status == 0
+    assert len(shown.out.splitlines()) < 70
+    texts = [(EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), program.__doc__]
+    commands = [match for text in texts for match in re.findall(rf"{program.__name__}\.py[^;\n]*", text)]
+    used = {option for command in commands for option in re.findall(r"--\w+", command)}
+    assert "--encoder" in used
+    for option in used:
+        assert option in shown.out
+    everything = run(program, "--help_all")
+    assert everything.status == 0
+    assert "--warmup_steps" in everything.out
+    assert "--warmup_steps" not in shown.out
+
+
 def test_errors_name_the_choices(run: Run) -> None:
     assert "argument --head: invalid choice: 'crf' (choose from" in run(train_ner, "--head=crf").err
     assert "argument --loss: invalid choice: 'hinge'" in run(train_multilabel, "--loss=hinge").err
@@ -326,6 +340,19 @@ def test_columns_are_read(tmp_path: Path, separator: str) -> None:
     file.write_bytes(gzip.compress(f"-DOCSTART- -X- O\n\n# text = w0\n{block}\n\n\n{block}".encode()))
     expected = synthetic.Sentence(["w0", "#", "w2", "w3"], [("A", 1, 2), ("B", 3, 3)])
     assert train_ner.read(file) == [expected] * 2
+
+
+@pytest.mark.parametrize("separator", [" ", "\t"])
+def test_a_comment_that_ends_like_a_tag_is_no_word(tmp_path: Path, separator: str) -> None:
+    """It has other columns than the words; a word that starts with # has as many."""
+    comments = ["# see annex O", "# newdoc id = O", "# O" if separator == "\t" else "#O"]
+    words = [f"#nlp{separator}S-A", f"#{separator}O", f"w{separator}B-A"]
+    file = tmp_path / "a.bio"
+    for lines in (comments + words, words[:1] + comments + words[1:], [*comments, "", *words, *comments]):
+        file.write_text("\n".join(lines))
+        assert train_ner.read(file) == [synthetic.Sentence(["#nlp", "#", "w"], [("A", 0, 0), ("A", 2, 2)])]
+    file.write_text("\n".join(words[:2]))  # no line tells how many columns a word has
+    assert train_ner.read(file) == [synthetic.Sentence(["#nlp", "#"], [("A", 0, 0)])]
 
 
 def test_json_lines_and_columns_say_the_same(tmp_path: Path) -> None:
@@ -405,6 +432,7 @@ def test_entities_in_windows_of_pieces_are_scored_in_words(
     result = results_in(tmp_path / "out")
     assert result["eval_precision"] == 1
     assert result["eval_recall"] == pytest.approx(held / 9)
+    assert (result["eval_gold/X"], result["eval_gold/Y"]) == (5, 4)
     lost = {9: 0, 6: 4}[held]  # one of them is listed twice
     assert f"4 and 4 sentences; no window holds {lost} of the 10 entities of dev" in done.out
 

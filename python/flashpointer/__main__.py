@@ -1,4 +1,4 @@
-"""``python -m flashpointer``: what is installed, which backend serves what, and whether every op is right here.
+"""``python -m flashpointer``: what is installed, which backend runs on each device, and whether every op is right.
 
 Exit status 0 if every op agrees with its formula in float64 on every device and dtype, 1 otherwise.
 """

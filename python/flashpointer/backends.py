@@ -1,4 +1,4 @@
-"""Which code serves a call: the one place where a backend is chosen, by device and dtype.
+"""The one place where the backend of a call is chosen, by device and dtype.
 
 ``reference``  the eager formula, differentiated by PyTorch: any device and dtype, memory of a dozen score tensors.
 ``tiled``      plain PyTorch, tile by tile: any device and dtype, linear memory.

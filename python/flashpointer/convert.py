@@ -15,11 +15,11 @@ layout          q, k                       biases                    of
 "ark-nlp"       first D, last D            h end, H + h start        ark-nlp
 ==============  =========================  ========================  =============================================
 
-Neither names nor shapes tell them apart: bert4keras and bert4torch both have p_dense and q_dense. So the layout is the
-caller's to say. The one linear layer of a GlobalPointer is the same everywhere, and passes through.
+Neither names nor shapes tell them apart: bert4keras and bert4torch both have p_dense and q_dense. So the caller names
+the layout. The one linear layer of a GlobalPointer is the same everywhere, and passes through.
 
-Early versions of ark-nlp and powerycy turn the two numbers of a pair by different angles, which is no RoPE. What was
-trained so converts, but scores otherwise.
+Early versions of ark-nlp and powerycy turn the two numbers of a pair by different angles, which is not RoPE. Weights
+trained with them convert, but give other scores.
 """
 
 from __future__ import annotations

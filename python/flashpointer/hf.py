@@ -7,7 +7,7 @@ entities. ::
     model.predict(["Anna lives in Berlin."], tokenizer)
     # [[{"text": "Anna", "label": "PER", "start": 0, "end": 4, "score": 3.2}, ...]]
 
-A long text is several windows of tokens that overlap. ``examples`` and ``predict`` make the same ones.
+Long texts are read in overlapping windows of tokens, the same ones in ``examples`` and in ``predict``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ops as modules."""
+"""The losses and the span heads as modules."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ counts once. A batch of 16 sentences takes a few hundred bytes, where its dense 
     #  [0, 1, 4, 4]]
 
 Or batch-first: int64 ``[B, P, 3]``, rows (head, start, end), where a row with a negative entry, by convention of -100,
-is padding. That is what DataParallel, accelerate and Trainer can split, pad and gather. What takes spans takes both. ::
+is padding. DataParallel, accelerate and Trainer can split, pad and gather this form. All functions take both forms. ::
 
     pad(spans, batch=2)
     # [[[0, 0, 1], [1, 4, 4]],

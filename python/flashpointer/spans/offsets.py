@@ -4,7 +4,7 @@ Each character that a tokenizer sees comes of one character of the text, in the 
 drop some, make several of one, or compose several in the place of the first. So the tokens of one text have starts that
 never fall, ends that never fall, and neighbours that share at most one character: bytes of an emoji, letters of a
 ligature, a lone marker before a word. Offsets that do otherwise are those of several texts, and are refused.
-Only a text of one character goes unseen, if the next one follows with no special token between.
+Only this goes unnoticed: a second text that follows a text of one character with no special token between.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Spans batch-first, which whoever splits, pads or gathers a batch treats as any other tensor; and flat again."""
+"""Spans in batch-first form, which libraries split, pad and gather like any other tensor; and back to flat ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words that were split beforehand: entities from a tag for each, and texts of them."""
+"""For words that were split beforehand: entities from their tags, and texts made of the words."""
 
 from __future__ import annotations
 
