@@ -71,14 +71,15 @@ def test_equals_dense_labels(place: Place, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("of_scores", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_tile_after_tile_equals_dense_labels(of_scores: torch.dtype) -> None:
-    """The way of scores that are not far from 0, which takes the listed cells apart; of four tiles the second goes the
-    general way. Lists with a class twice, with two kinds of padding, and empty ones."""
-    shape, pad = (1700, 700), 7
+@pytest.mark.parametrize("shape", [(1700, 700), (3, 500_000)], ids=["rows", "parts of rows"])
+def test_tile_after_tile_equals_dense_labels(shape: tuple[int, int], of_scores: torch.dtype) -> None:
+    """The way of scores that are not far from 0, which takes the listed cells apart. Of four tiles of rows the second
+    has a loss above 60, of parts of rows one has a score. Lists have a class twice, two kinds of padding, or none."""
+    pad = 7
     scores = (torch.randn(shape) * 3).to(of_scores)
-    scores[600, 5] = 100.0  # where no class is listed
+    scores[600 % shape[0], 5:9] = 59.9 if shape[0] > 600 else 100.0
     lists = torch.randint(-3, shape[1], (shape[0], 9))
-    lists[:, 0], lists[::3, 1], lists[::5] = 699, lists[::3, 2], pad
+    lists[:, 0], lists[::3, 1], lists[::5] = shape[1] - 1, lists[::3, 2], pad
     labels = torch.zeros(shape, dtype=torch.bool)
     for row, indices in enumerate(lists.tolist()):
         labels[row, [i for i in indices if i >= 0 and i != pad]] = True

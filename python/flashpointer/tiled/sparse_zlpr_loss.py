@@ -1,8 +1,8 @@
 """The ZLPR loss from lists of positive classes: nothing is subtracted, and a class listed twice counts once.
 
-Where no score is far from 0 the exponentials of all cells are made, those of the listed ones taken out, and 0 left in
-their place: the other half of the loss, and of its gradient, is made of these few. Elsewhere each tile's labels are set
-from the lists.
+Where no score is far from 0, and there is no mask, the exponentials of all cells are made, those of the listed ones
+taken out, and 0 left in their place: the other half of the loss, and of its gradient, is made of these few. Elsewhere
+each tile's labels are set from the lists.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from . import zlpr_loss
 from ._tiles import SMALL, computing, computing_dtype, one_tile, small_on_one_thread
-from .zlpr_loss import SAFE, divisors_of
+from .zlpr_loss import SAFE, divisors_of, within
 
 
 class Cells(zlpr_loss.Cells):
@@ -24,13 +24,39 @@ class Cells(zlpr_loss.Cells):
     ) -> None:
         super().__init__(scores, _reader(positives, ignore_index), True, mask)
         self._positives, self._ignore_index = positives, ignore_index
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: torch.Tensor | None = None
 
     def plain(self, o: int, rows: slice) -> zlpr_loss.PlainRows | None:
         s = computing(self.scores[o, rows])
-        if not self._buffers or self._buffers[0].shape != s.shape:
-            self._buffers = [torch.empty(s.shape, dtype=s.dtype), torch.zeros(s.shape, dtype=s.dtype)]
-        return plain_lists(s, _listed(self._positives[o, rows], s.shape[-1], self._ignore_index), *self._buffers)
+        return plain_lists(s, self._listed(o, rows, slice(0, s.shape[-1])), *self._two_buffers(s))
+
+    def terms(self, o: int, rows: slice, columns: slice) -> zlpr_loss.Terms:
+        s = computing(self.scores[o, rows, columns])
+        if self.mask is not None or s.device.type != "cpu" or not within(s, -SAFE, SAFE):
+            return super().terms(o, rows, columns)
+        e, u = self._two_buffers(s)
+        listed = self._listed(o, rows, columns)
+        u.view(-1).scatter_(0, listed, take_listed(s, listed, e))
+        return zlpr_loss.Terms(None, e, None, u)
+
+    def _two_buffers(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like s, in memory that the next tile takes; the second is 0."""
+        if self._buffers is None or self._buffers.shape[1:] != s.shape:
+            self._buffers = s.new_empty((2, *s.shape))
+        e, u = self._buffers.unbind()
+        return e, u.zero_()
+
+    def _listed(self, o: int, rows: slice, columns: slice) -> torch.Tensor:
+        """The numbers of the listed cells among all of a tile; one listed twice is there twice."""
+        positives = self._positives[o, rows]
+        positives = positives if positives.dtype == torch.int64 else positives.long()
+        here = (positives >= columns.start) & (positives < columns.stop)
+        if self._ignore_index >= 0:
+            here &= positives != self._ignore_index
+        width = columns.stop - columns.start
+        first = torch.arange(0, len(positives) * width, width).unsqueeze(1) - columns.start
+        listed: torch.Tensor = (positives + first).masked_select(here)
+        return listed
 
 
 def _reader(positives: torch.Tensor, ignore_index: int) -> zlpr_loss.LabelReader:
@@ -43,16 +69,6 @@ def _reader(positives: torch.Tensor, ignore_index: int) -> zlpr_loss.LabelReader
         out.scatter_reduce_(1, torch.where(here, listed - first, 0), here.to(out.dtype), "amax")
 
     return read
-
-
-def _listed(positives: torch.Tensor, classes: int, ignore_index: int) -> torch.Tensor:
-    """Of lists [rows, listed] the numbers of the listed cells among all of a tile; one listed twice is there twice."""
-    positives = positives if positives.dtype == torch.int64 else positives.long()
-    here = (positives >= 0) & (positives < classes)
-    if ignore_index >= 0:
-        here &= positives != ignore_index
-    first = torch.arange(0, len(positives) * classes, classes).unsqueeze(1)
-    return (positives + first).masked_select(here)
 
 
 class PlainLists(NamedTuple):
@@ -73,17 +89,21 @@ class PlainLists(NamedTuple):
         return grad
 
 
-def plain_lists(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor, u: torch.Tensor) -> PlainLists | None:
-    """Of scores ``s`` [rows, C] of which some are ``listed``. Fills e; u is 0, and is 0 again. None where the losses
-    say that a score was far from 0."""
+def take_listed(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """exp(-s) of the listed cells. Fills e with exp(s), 0 where listed."""
     torch.exp(s, out=e)
-    e_listed = e.take(listed).reciprocal_()
+    e_listed: torch.Tensor = e.take(listed).reciprocal_()
+    e.view(-1).index_fill_(0, listed, 0.0)
+    return e_listed
+
+
+def plain_lists(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor, u: torch.Tensor) -> PlainLists | None:
+    """Of scores ``s`` [rows, C] of which some are ``listed``. Fills e; u is 0, and is spent. None where the losses say
+    that a score was far from 0."""
+    e_listed = take_listed(s, listed, e)
     # Summed where they lie, for the bits of labels cell by cell: and what is listed twice is there once.
     u.view(-1).scatter_(0, listed, e_listed)
-    S_p = u.sum(-1, keepdim=True)
-    u.view(-1).index_fill_(0, listed, 0.0)
-    e.view(-1).index_fill_(0, listed, 0.0)
-    sums = torch.stack([e.sum(-1, keepdim=True), S_p])
+    sums = torch.stack([x.sum(-1, keepdim=True) for x in (e, u)])
     losses = sums.log1p().sum((0, -1))
     return PlainLists(e, listed, e_listed, sums, losses) if float(losses.amax()) <= SAFE else None
 

@@ -132,7 +132,7 @@ def plain_rows(s: torch.Tensor, p: torch.Tensor, e: torch.Tensor, hard: bool) ->
     """Of scores ``s`` and labels ``p``, which are spent; e is filled. None where the losses say that a score was far
     from 0, or where a label, if they are not surely ``hard``, is none."""
     # A hard label far from 0 makes a large loss; a soft one may be as small as its exponential.
-    if not hard and not (_within(p, 0.0, 1.0) and _within(s, -SAFE, SAFE)):
+    if not hard and not (within(p, 0.0, 1.0) and within(s, -SAFE, SAFE)):
         return None
     e_n, e_p = e.unbind()
     torch.exp(s, out=e_n)
@@ -201,7 +201,7 @@ def tile_terms(
     if left_out is not None:  # first, for nothing in such a cell may count: not NaN, not a label of 7
         s = s.masked_fill(left_out, 0.0)
         p.masked_fill_(left_out, 0.0)
-    if s.device.type == "cpu" and _within(s, -SAFE, SAFE) and (labels_surely_valid or _within(p, 0.0, 1.0)):
+    if s.device.type == "cpu" and within(s, -SAFE, SAFE) and (labels_surely_valid or within(p, 0.0, 1.0)):
         torch.exp(s, out=u)
         torch.sub(1.0, p, out=n)
         if left_out is not None:
@@ -215,7 +215,7 @@ def tile_terms(
     return Terms(*_pivoted(n), *_pivoted(p))
 
 
-def _within(x: torch.Tensor, low: float, high: float) -> bool:
+def within(x: torch.Tensor, low: float, high: float) -> bool:
     if x.numel() == 0:
         return True
     least, most = torch.aminmax(x)
