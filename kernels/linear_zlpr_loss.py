@@ -594,19 +594,9 @@ def scales_of(layer: Layer, sums: LogSums, upstream: torch.Tensor) -> Scales:
     parts = torch.empty((rows, 2), dtype=dtype, device=device)
     unit = torch.empty((), dtype=torch.float32, device=device) if dtype == torch.float16 else None
     scales_kernel[(1,)](
-        *sums,
-        upstream,
-        l_n,
-        factors,
-        ratios,
-        parts,
-        unit,
-        rows,
-        *upstream.stride(),
-        LIFT=layer.tile.LIFT,
-        LANES=LANES,
-        num_warps=8,
-    )
+        *sums, upstream, l_n, factors, ratios, parts, unit, rows, *upstream.stride(),
+        LIFT=layer.tile.LIFT, LANES=LANES, num_warps=8,
+    )  # fmt: skip
     return Scales(l_n, factors, ratios, parts, unit)
 
 

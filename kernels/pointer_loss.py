@@ -852,9 +852,8 @@ def backward(
     padded = (length + PAD.value - 1) // PAD.value * PAD.value
     planes = padded_heads(sizes.heads, rule.back_heads)
     blocks, listers, vector = planes // rule.back_heads, _listers(sizes), tile.VECTOR.value
-    gradients = torch.empty(
-        count * vector + sizes.groups * padded * (planes + 2 * blocks * vector), device=workspace.device
-    )  # fmt: skip
+    elements = count * vector + sizes.groups * padded * (planes + 2 * blocks * vector)
+    gradients = torch.empty(elements, dtype=torch.float32, device=workspace.device)
     positions = problem.positions if problem.rope else None
     registers = all_registers()
     with torch.cuda.device_of(workspace):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -43,6 +44,27 @@ def test_upstream_gradients(place: Place, dtype: torch.dtype, op: str) -> None:
         upstream = torch.tensor(1024.0, device=place.device)
         for result in compare(op, {**inputs, "reduction": reduction}, differentiate=OPS[op], upstream=upstream):
             assert result.ok, result
+
+
+@pytest.fixture
+def _other_defaults() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(before)
+
+
+@every_case
+def test_defaults_of_dtype_and_device_are_not_asked(place: Place, case: str, request: pytest.FixtureRequest) -> None:
+    """The tensors say which. Of rows enough for several tiles where those are quick."""
+    inputs = any_problem(case, device=place.device)
+    if "scores" in inputs and not place.small:
+        inputs = problem(op_of(case)[0], (700, 700), device=place.device)
+    expected = gradients(case, inputs)
+    request.getfixturevalue("_other_defaults")
+    assert all(map(torch.equal, gradients(case, inputs), expected))
 
 
 @every_op

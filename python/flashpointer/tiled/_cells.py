@@ -103,7 +103,7 @@ def tiles(
     """
     extents = [length] * groups
     if problem.mask is not None and problem.mask.device.type == "cpu":  # elsewhere to look is to wait
-        last = (problem.mask * torch.arange(1, problem.mask.shape[1] + 1)).amax(1)
+        last = (problem.mask * torch.arange(1, problem.mask.shape[1] + 1, device="cpu")).amax(1)
         extents = (last + -last % multiple).repeat_interleave(groups // len(last)).tolist()
     for first in range(0, length, height):
         r = slice(first, min(first + height, length))

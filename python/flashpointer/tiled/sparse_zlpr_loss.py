@@ -54,8 +54,8 @@ class Cells(zlpr_loss.Cells):
         if self._ignore_index >= 0:
             here &= positives != self._ignore_index
         width = columns.stop - columns.start
-        first = torch.arange(0, len(positives) * width, width).unsqueeze(1) - columns.start
-        listed: torch.Tensor = (positives + first).masked_select(here)
+        first = torch.arange(0, len(positives) * width, width, device="cpu").unsqueeze(1)
+        listed: torch.Tensor = (positives - columns.start + first).masked_select(here)
         return listed
 
 
