@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import flashpointer as fp
 from flashpointer import backends
 from flashpointer.agreement import compare, run
+from flashpointer.tiled._tiles import FEW_EXPONENTIALS, exp
 
 from .conftest import Place
 from .problems import soft_labels
@@ -342,3 +343,18 @@ def test_module() -> None:
     assert repr(module) == "ZLPRLoss(reduction='sum')"
     with pytest.raises(ValueError, match="ZLPRLoss: reduction takes one of"):
         fp.nn.ZLPRLoss("max")
+
+
+@pytest.mark.parametrize("count", [FEW_EXPONENTIALS, FEW_EXPONENTIALS + 1])
+@pytest.mark.parametrize("of", [torch.float32, torch.float64])
+def test_exponentials_of_few_numbers_and_of_many(count: int, of: torch.dtype) -> None:
+    """Off by what the last bit of a number is worth, in its place too, and at the ends not at all."""
+    x = torch.empty(count, dtype=of).uniform_(-80.0, 80.0)
+    x[:5] = x.new_tensor([0.0, torch.inf, -torch.inf, 1e4, -1e4])
+    x[5] = torch.nan
+    e = exp(x, out=torch.empty_like(x))
+    assert e[5].isnan() and e[:5].tolist() == [1.0, torch.inf, 0.0, torch.inf, 0.0]
+    in_place = x.clone()
+    assert exp(in_place, out=in_place) is in_place and torch.equal(in_place.nan_to_num(), e.nan_to_num())
+    x, e = x[6:].double(), e[6:].double()
+    assert ((e - x.exp()).abs() <= torch.finfo(of).eps * (2 + x.abs()) * x.exp()).all()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import zlpr_loss
-from ._tiles import SMALL, computing, computing_dtype, one_tile, small_on_one_thread
+from ._tiles import SMALL, computing, computing_dtype, exp, one_tile, small_on_one_thread
 from .zlpr_loss import SAFE, divisors_of, within
 
 
@@ -91,7 +91,7 @@ class PlainLists(NamedTuple):
 
 def take_listed(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
     """exp(-s) of the listed cells. Fills e with exp(s), 0 where listed."""
-    torch.exp(s, out=e)
+    exp(s, out=e)
     e_listed: torch.Tensor = e.take(listed).reciprocal_()
     e.view(-1).index_fill_(0, listed, 0.0)
     return e_listed

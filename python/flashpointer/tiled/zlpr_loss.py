@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..problem import log_one_plus
-from ._tiles import SMALL, TILE, column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
+from ._tiles import SMALL, TILE, column_tiles, computing, computing_dtype, exp, one_tile, row_tiles, small_on_one_thread
 
 SAFE = 60.0
 
@@ -135,7 +135,7 @@ def plain_rows(s: torch.Tensor, p: torch.Tensor, e: torch.Tensor, hard: bool) ->
     if not hard and not (within(p, 0.0, 1.0) and within(s, -SAFE, SAFE)):
         return None
     e_n, e_p = e.unbind()
-    torch.exp(s, out=e_n)
+    exp(s, out=e_n)
     torch.div(p, e_n, out=e_p)
     if hard:
         e_n.addcmul_(p, e_n, value=-1)
@@ -202,7 +202,7 @@ def tile_terms(
         s = s.masked_fill(left_out, 0.0)
         p.masked_fill_(left_out, 0.0)
     if s.device.type == "cpu" and within(s, -SAFE, SAFE) and (labels_surely_valid or within(p, 0.0, 1.0)):
-        torch.exp(s, out=u)
+        exp(s, out=u)
         torch.sub(1.0, p, out=n)
         if left_out is not None:
             n.masked_fill_(left_out, 0.0)
@@ -225,7 +225,7 @@ def within(x: torch.Tensor, low: float, high: float) -> bool:
 def _pivoted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(m, exp(x - m)), in the place of x; exp(inf - m) is inf, never NaN."""
     m = x.amax(-1, keepdim=True).clamp_(0.0, torch.finfo(x.dtype).max)
-    return m, x.sub_(m).exp_()
+    return m, exp(x.sub_(m), out=x)
 
 
 class PlainRows(Protocol):
