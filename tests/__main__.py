@@ -1,6 +1,6 @@
-"""``python -m tests``: the whole suite, in three processes, for Triton either compiles or interprets in one process.
+"""``python -m tests``: the whole suite, in four processes, for Triton either compiles or interprets in one process.
 
-They run side by side, and two of them print when they are done. Arguments go to all pytest runs.
+They run side by side, and all but the first print when they are done. Arguments go to all pytest runs.
 ``python -m tests --triton 3.6.0 3.8.0`` compiles for chips on each of these versions of Triton instead, downloaded
 beside the installed one.
 """
@@ -22,30 +22,30 @@ NOTHING_SELECTED = 5
 TRITONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
-def start(
-    *arguments: str, stdout: IO[bytes] | None = None, niceness: int = 0, **environment: str
-) -> subprocess.Popen[bytes]:
+# Processes beside the first, which has the rest without the interpreter.
+BESIDE = {
+    "With Triton's interpreter": {"TESTED": "rest", "TRITON_INTERPRET": "1"},
+    "Compiled for sm_80 and gfx942": {"TESTED": "sm_80 gfx942", "TRITON_INTERPRET": "0"},
+    "Compiled for sm_90 and sm_100": {"TESTED": "sm_90 sm_100", "TRITON_INTERPRET": "0"},
+}
+
+
+def start(*arguments: str, stdout: IO[bytes] | None = None, **environment: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pytest", *arguments]
-    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=stdout, stderr=stdout)
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, run.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
-    return run
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=stdout, stderr=stdout)
 
 
 def all_processes(arguments: list[str]) -> int:
     # A share of the cores each: a parallel loop waits long for a thread whose core another process has.
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 3)))
-    # To compile takes longest: of two cores it gets one, and what is nicer shares the other.
-    beside = {"With Triton's interpreter": ("rest", "1", 5), "Compiled for chips": ("chips", "0", 0)}
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (1 + len(BESIDE)))))
     with ExitStack() as stack:
         runs = []
-        for name, (part, interpret, niceness) in beside.items():
+        for name, variables in BESIDE.items():
             output = stack.enter_context(TemporaryFile())
-            variables = {"TESTED": part, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": threads}
-            run = start(*arguments, stdout=output, niceness=niceness, **variables)
+            run = start(*arguments, stdout=output, OMP_NUM_THREADS=threads, **variables)
             stack.callback(run.kill)
             runs.append((name, output, run))
-        codes = [start(*arguments, niceness=5, TESTED="rest", TRITON_INTERPRET="0", OMP_NUM_THREADS=threads).wait()]
+        codes = [start(*arguments, TESTED="rest", TRITON_INTERPRET="0", OMP_NUM_THREADS=threads).wait()]
         for name, output, run in runs:
             codes.append(run.wait())
             output.seek(0)

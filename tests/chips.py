@@ -28,6 +28,8 @@ class Chip(NamedTuple):
     shared_limit: int  # bytes a block may use
 
 
+# As NVIDIA's assembler is given them, and as AMD's compiler makes them.
+MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|\bv_mfma")
 REGISTERS = 1 << 16  # that a block may use, of NVIDIA's chips. Of a thread their number is rounded up to 8
 
 
@@ -64,6 +66,7 @@ class Compiled:
     shared: int  # bytes
     spills: int  # bytes of local memory a thread; on AMD spilled vector registers as well
     registers: int  # of a block. On AMD's chips 0: there the compiler knows how many threads must fit
+    multiplies: bool  # on the matrix units
     disassemble: Callable[[], str]  # which takes as long as compiling
 
     @cached_property
@@ -102,7 +105,7 @@ def _report(kernel: Any) -> Compiled:
         text = kernel.asm["amdgcn"]
         # Scalar registers that do not suffice go to lanes of vector registers, not to memory, and are no spill here.
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
-        return Compiled(name, shared, spills, 0, lambda: text)
+        return Compiled(name, shared, spills, 0, MATRIX.search(text) is not None, lambda: text)
     cubin = kernel.asm["cubin"]
     usage = _cuobjdump(cubin, "--dump-resource-usage")
     spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
@@ -110,7 +113,8 @@ def _report(kernel: Any) -> Compiled:
     registers = (of_thread + 7) // 8 * 8 * 32 * kernel.metadata.num_warps
     if spills and not re.search(r"\b(?:LDL|STL)\b", _cuobjdump(cubin, "-sass")):
         spills = 0  # a frame that no instruction reads or writes: Triton 3.9's assembler leaves some
-    return Compiled(name, shared, spills, registers, lambda: _cuobjdump(cubin, "-sass"))
+    multiplies = MATRIX.search(kernel.asm["ptx"]) is not None
+    return Compiled(name, shared, spills, registers, multiplies, lambda: _cuobjdump(cubin, "-sass"))
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:

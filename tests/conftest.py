@@ -78,13 +78,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         wanted = not INTERPRETED or "place" in getattr(item, "fixturenames", ())
         if "TESTED" in os.environ:  # by one of the processes of python -m tests
-            for_chips = item.get_closest_marker("compiled") is not None
-            wanted = wanted and for_chips == (os.environ["TESTED"] == "chips")
+            wanted = wanted and _part(item) in os.environ["TESTED"].split()
         (kept if wanted else deselected).append(item)
         if item.get_closest_marker("gpu") and not CUDA:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     items[:] = kept
     config.hook.pytest_deselected(items=deselected)
+
+
+def _part(item: pytest.Item) -> str:
+    """The chip that a test compiles for, or else the rest."""
+    if item.get_closest_marker("compiled") is None:
+        return "rest"
+    callspec = getattr(item, "callspec", None)
+    return "sm_90" if callspec is None else str(callspec.params.get("chip", "sm_90"))
 
 
 @pytest.fixture(autouse=True)

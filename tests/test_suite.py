@@ -15,32 +15,34 @@ ABORTED, NONE = -6, suite.NOTHING_SELECTED
 
 
 @pytest.mark.parametrize(
-    "chips, rest, interpreted, whole",
+    "rest, beside, whole",
     [
-        (0, 0, 0, 0),
-        (1, 0, 0, 1),
-        (0, 1, 0, 1),
-        (0, 0, 1, 1),
-        (ABORTED, 0, 0, ABORTED),
-        (0, 0, ABORTED, ABORTED),
-        (NONE, NONE, 0, 0),
-        (NONE, NONE, NONE, NONE),
+        (0, (0, 0, 0), 0),
+        (1, (0, 0, 0), 1),
+        (0, (1, 0, 0), 1),
+        (0, (0, 1, 0), 1),
+        (0, (0, 0, 1), 1),
+        (0, (ABORTED, 0, 0), ABORTED),
+        (0, (0, 0, ABORTED), ABORTED),
+        (NONE, (0, NONE, NONE), 0),
+        (NONE, (NONE, NONE, NONE), NONE),
     ],
 )
 def test_one_process_that_fails_is_a_failure(
-    chips: int, rest: int, interpreted: int, whole: int, monkeypatch: pytest.MonkeyPatch
+    rest: int, beside: tuple[int, ...], whole: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    statuses = {("chips", "0"): chips, ("rest", "0"): rest, ("rest", "1"): interpreted}
+    started = iter([*beside, rest])  # which prints as it goes, and so is the last one
 
     def start(*arguments: str, **environment: str) -> Mock:
-        return Mock(wait=Mock(return_value=statuses[environment["TESTED"], environment["TRITON_INTERPRET"]]))
+        return Mock(wait=Mock(return_value=next(started)))
 
     monkeypatch.setattr(suite, "start", start)
     assert suite.all_processes([]) == whole
+    assert next(started, None) is None
 
 
 def test_the_processes_share_all_tests() -> None:
-    """Each is in one of them, and interpreted ones in the third besides."""
+    """Each is in one of them, and interpreted ones in another besides."""
 
     def collected(**environment: str) -> list[str]:
         files = ["tests/test_compile_only.py", "tests/test_rotate.py", "tests/test_suite.py"]
@@ -50,8 +52,8 @@ def test_the_processes_share_all_tests() -> None:
         return [line for line in run.stdout.splitlines() if "::" in line]
 
     every = collected(TRITON_INTERPRET="0")
-    chips, rest = (collected(TRITON_INTERPRET="0", TESTED=part) for part in ("chips", "rest"))
-    assert len(every) > 100 and sorted(chips + rest) == sorted(every)
-    assert chips and all("test_compile_only" in name for name in chips)
-    interpreted = collected(TRITON_INTERPRET="1")
-    assert interpreted and collected(TRITON_INTERPRET="1", TESTED="rest") == interpreted
+    rest = collected(TRITON_INTERPRET="0", TESTED="rest")
+    interpreted, *chips = (collected(**variables) for variables in suite.BESIDE.values())
+    assert len(every) > 100 and sorted(sum(chips, rest)) == sorted(every)
+    assert all(part and all("test_compile_only" in name for name in part) for part in chips)
+    assert interpreted and collected(TRITON_INTERPRET="1") == interpreted
