@@ -282,11 +282,39 @@ def test_from_a_pretrained_encoder(tmp_path: Path) -> None:
         assert layer.weight.std().item() == pytest.approx((1 / 48 / 3) ** 0.5, rel=0.1)  # as torch.nn.Linear begins
 
 
+@pytest.mark.parametrize("kind", [transformers.BertForTokenClassification, transformers.BertModel])
+def test_from_a_model(kind: type[transformers.PreTrainedModel], tmp_path: Path) -> None:
+    """Its encoder, weights and all, without the head that it has; and saved and loaded without a word."""
+    theirs = kind(bert())
+    with torch.no_grad():
+        for x in theirs.parameters():
+            x.normal_(0.0, 0.02)
+    before = {name: x.clone() for name, x in theirs.base_model.state_dict().items()}
+    model = SpanModel.from_encoder(theirs, TYPES, decoding={"threshold": -1e4})  # finds all
+    assert model.encoder is theirs.base_model
+    torch.testing.assert_close(model.encoder.state_dict(), before)
+    batch = model.collator()(model.examples(["Dr Bado rains"], [[("PER", 0, 7)]], a_tokenizer()))
+    model(**batch).loss.backward()
+    assert theirs.base_model.embeddings.word_embeddings.weight.grad.any()
+    model.save_pretrained(tmp_path)
+    loaded, report = SpanModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert loaded.predict(["Dr Bado rains"], a_tokenizer()) == model.predict(["Dr Bado rains"], a_tokenizer()) != [[]]
+
+
+def test_what_is_no_encoder() -> None:
+    with pytest.raises(TypeError, match=r"from_encoder: encoder takes the name or the folder .*; got int 7"):
+        SpanModel.from_encoder(7, TYPES)
+    with pytest.raises(TypeError, match=r"from_encoder: a model as encoder takes no options; got dtype"):
+        SpanModel.from_encoder(transformers.BertModel(bert()), TYPES, dtype=torch.float16)
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     """Weights and all: from an encoder, saved, loaded."""
     transformers.BertModel(bert()).save_pretrained(tmp_path / "encoder")
     half = {"dtype": torch.bfloat16}
-    model = SpanModel.from_encoder(str(tmp_path / "encoder"), TYPES, **half)
+    finds_all = {"threshold": -1e4}  # for it knows nothing
+    model = SpanModel.from_encoder(str(tmp_path / "encoder"), TYPES, decoding=finds_all, **half)
     model.save_pretrained(tmp_path / "model")
     loaded = SpanModel.from_pretrained(tmp_path / "model", **half)
     for one in (model, loaded):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import flashpointer as fp
 from flashpointer.agreement import compare, relative_error, run
 from flashpointer.problem import FEW
+from flashpointer.spans import FromOffsets
 from flashpointer.tiled import _listed as listing
 from flashpointer.tiled import pointer_loss as tiles
 
@@ -680,6 +681,7 @@ PADDED = torch.tensor([[[1, 2, 3], [-100, -100, -100]], [[2, 0, 0], [2, 4, -1]]]
         ({"k": Q[:1]}, ValueError, r"k must have the shape.*; got .*\(1, 5, 8\)"),
         ({"mask": torch.ones(2, 4)}, ValueError, r"mask must be \[B, N\] = \(2, 5\).*; got .*\(2, 4\)"),
         ({"spans": [[0, 1, 2, 3]]}, TypeError, r"spans takes an int64 tensor .*\[S, 4\], or .*\[B, P, 3\]; got list"),
+        ({"spans": FromOffsets(SPANS, [], [])}, TypeError, r"spans takes an .*; got FromOffsets, whose \.spans is one"),
         ({"spans": SPANS.int()}, TypeError, "spans takes an int64 tensor.*; got a torch.int32"),
         ({"spans": SPANS[:, :3]}, ValueError, r"spans must be an .*\[S, 4\], or .*\[B, P, 3\]; got .*\(2, 3\)"),
         ({"spans": torch.tensor(3)}, ValueError, r"spans must be an .*\[S, 4\], or .*\[B, P, 3\]; got .*\(\)"),

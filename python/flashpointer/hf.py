@@ -13,6 +13,7 @@ Long texts are read in overlapping windows of tokens, the same ones in ``example
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ class SpanModel(PreTrainedModel):
     config_class = SpanConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
+    # A pooler has no part in anything, and the encoder of another task has none to save.
+    _keys_to_ignore_on_load_missing = [r"encoder\.pooler\."]  # noqa: RUF012
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config: SpanConfig, encoder: PreTrainedModel | None = None) -> None:
@@ -127,7 +130,7 @@ class SpanModel(PreTrainedModel):
     @classmethod
     def from_encoder(
         cls,
-        name: str,
+        encoder: str | os.PathLike[str] | PreTrainedModel,
         types: Sequence[str],
         *,
         head: str = HEADS[0],
@@ -138,13 +141,23 @@ class SpanModel(PreTrainedModel):
         """A pretrained encoder with a head that knows nothing yet.
 
         Args:
-            name: of the encoder, or its folder, as ``AutoModel.from_pretrained`` takes it; options go there too.
+            encoder: its name or folder, as ``AutoModel.from_pretrained`` takes it; options go there too. Or a model of
+                Transformers, with or without a head of its own, whose encoder this becomes: it is not copied.
             types, head, head_options, decoding: as for ``SpanConfig``.
+
+        Raises:
+            TypeError, ValueError: for an encoder that is neither, options beside a model, and as of ``SpanConfig``.
         """
-        encoder = AutoModel.from_pretrained(name, **options)
-        config = SpanConfig(encoder.config, types, head, head_options, decoding)
-        model = cls(config, encoder)
-        model.head.to(encoder.dtype)
+        if not isinstance(encoder, (str, os.PathLike, PreTrainedModel)):
+            takes = "the name or the folder of a pretrained encoder, or a model of Transformers"
+            raise TypeError(f"from_encoder: encoder takes {takes}; got {_checks.describe(encoder)}")
+        if not isinstance(encoder, PreTrainedModel):
+            encoder = AutoModel.from_pretrained(encoder, **options)
+        elif options:
+            raise TypeError(f"from_encoder: a model as encoder takes no options; got {', '.join(options)}")
+        base: PreTrainedModel = encoder.base_model
+        model = cls(SpanConfig(base.config, types, head, head_options, decoding), base)
+        model.head.to(base.device, base.dtype)
         return model
 
     def forward(

@@ -74,6 +74,8 @@ def check_scores(op: str, scores: object, name: str = "scores") -> None:
 
 def check_spans(op: str, spans: object, name: str = "spans") -> None:
     takes = "int64 tensor of rows (batch, head, start, end), [S, 4], or (head, start, end), [B, P, 3]"
+    if isinstance(spans, tuple) and hasattr(spans, "spans"):
+        raise TypeError(f"{op}: {name} takes an {takes}; got {type(spans).__name__}, whose .spans is one")
     check_tensor(op, name, spans, f"an {takes}", [torch.int64])
     assert isinstance(spans, torch.Tensor)
     if (spans.dim(), spans.shape[-1] if spans.dim() else 0) not in ((2, 4), (3, 3)):
