@@ -24,7 +24,7 @@ class Cells(zlpr_loss.Cells):
     ) -> None:
         super().__init__(scores, _reader(positives, ignore_index), True, mask)
         self._positives, self._ignore_index = positives, ignore_index
-        self._buffers: torch.Tensor | None = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def plain(self, o: int, rows: slice) -> zlpr_loss.PlainRows | None:
         s = computing(self.scores[o, rows])
@@ -34,17 +34,15 @@ class Cells(zlpr_loss.Cells):
         s = computing(self.scores[o, rows, columns])
         if self.mask is not None or s.device.type != "cpu" or not within(s, -SAFE, SAFE):
             return super().terms(o, rows, columns)
-        e, u = self._two_buffers(s)
+        e, zeros = self._two_buffers(s)
         listed = self._listed(o, rows, columns)
-        u.view(-1).scatter_(0, listed, take_listed(s, listed, e))
-        return zlpr_loss.Terms(None, e, None, u)
+        return TermsOfLists(e, listed, take_listed(s, listed, e), zeros)
 
     def _two_buffers(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Like s, in memory that the next tile takes; the second is 0."""
-        if self._buffers is None or self._buffers.shape[1:] != s.shape:
-            self._buffers = s.new_empty((2, *s.shape))
-        e, u = self._buffers.unbind()
-        return e, u.zero_()
+        """Like s, in memory that the next tile takes; the second is 0, and is to be so again."""
+        if self._buffers is None or self._buffers[0].shape != s.shape:
+            self._buffers = s.new_empty(s.shape), s.new_zeros(s.shape)
+        return self._buffers
 
     def _listed(self, o: int, rows: slice, columns: slice) -> torch.Tensor:
         """The numbers of the listed cells among all of a tile; one listed twice is there twice."""
@@ -71,12 +69,33 @@ def _reader(positives: torch.Tensor, ignore_index: int) -> zlpr_loss.LabelReader
     return read
 
 
+class TermsOfLists(NamedTuple):
+    """Terms of lists, without pivots."""
+
+    e: torch.Tensor  # [rows, columns]: exp(s), 0 where listed
+    listed: torch.Tensor  # numbers of cells
+    e_listed: torch.Tensor  # exp(-s) of these
+    zeros: torch.Tensor  # [rows, columns]
+
+    def add_to(self, log_n: zlpr_loss.LogSum, log_p: zlpr_loss.LogSum) -> None:
+        for log_sum, S in zip((log_n, log_p), sums_of(*self), strict=True):
+            log_sum.add(None, S)
+
+    def gradient(self, log_n: zlpr_loss.LogSum, log_p: zlpr_loss.LogSum, grad_scale: float, out: torch.Tensor) -> None:
+        share_n, share_p = (log_sum.share(None).mul_(grad_scale) for log_sum in (log_n, log_p))
+        in_place = out.dtype == self.e.dtype
+        grad = torch.mul(self.e, share_n, out=out if in_place else self.e)
+        subtract(self.e_listed.mul_(share_p.take(rows_of(self.listed, grad))), self.listed, grad)
+        if not in_place:
+            out.copy_(grad)
+
+
 class PlainLists(NamedTuple):
     """PlainRows of lists."""
 
-    e: torch.Tensor  # [rows, C]: exp(s), 0 where listed
-    listed: torch.Tensor  # numbers of cells
-    e_listed: torch.Tensor  # exp(-s) of these
+    e: torch.Tensor  # as TermsOfLists
+    listed: torch.Tensor
+    e_listed: torch.Tensor
     sums: torch.Tensor  # [2, rows, 1]
     losses: torch.Tensor  # [rows]
 
@@ -84,8 +103,7 @@ class PlainLists(NamedTuple):
         """Spends them."""
         of_n, of_p = divisors_of(self.sums, grad_scale).unbind()
         grad = torch.div(self.e, of_n, out=self.e if out is None else out)
-        rows = self.listed.div(grad.shape[-1], rounding_mode="floor")
-        grad.view(-1).scatter_(0, self.listed, self.e_listed.div_(of_p.take(rows)).neg_())
+        subtract(self.e_listed.div_(of_p.take(rows_of(self.listed, grad))), self.listed, grad)
         return grad
 
 
@@ -97,13 +115,31 @@ def take_listed(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor) -> torch
     return e_listed
 
 
-def plain_lists(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor, u: torch.Tensor) -> PlainLists | None:
-    """Of scores ``s`` [rows, C] of which some are ``listed``. Fills e; u is 0, and is spent. None where the losses say
-    that a score was far from 0."""
+def sums_of(
+    e: torch.Tensor, listed: torch.Tensor, e_listed: torch.Tensor, zeros: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of e and, where they lie among zeros, of the listed cells: so they have the bits of labels cell by
+    cell, and what is listed twice is there once."""
+    zeros.view(-1).scatter_(0, listed, e_listed)
+    sums = e.sum(-1, keepdim=True), zeros.sum(-1, keepdim=True)
+    zeros.view(-1).index_fill_(0, listed, 0.0)
+    return sums
+
+
+def rows_of(listed: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+    return listed.div(tile.shape[-1], rounding_mode="floor")
+
+
+def subtract(x: torch.Tensor, listed: torch.Tensor, grad: torch.Tensor) -> None:
+    """x of the listed cells, which is spent, from a gradient that is 0 there and contiguous, as tiles are."""
+    grad.view(-1).scatter_(0, listed, x.neg_())
+
+
+def plain_lists(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor, zeros: torch.Tensor) -> PlainLists | None:
+    """Of scores ``s`` [rows, C] of which some are ``listed``. Fills e. None where the losses say that a score was far
+    from 0."""
     e_listed = take_listed(s, listed, e)
-    # Summed where they lie, for the bits of labels cell by cell: and what is listed twice is there once.
-    u.view(-1).scatter_(0, listed, e_listed)
-    sums = torch.stack([x.sum(-1, keepdim=True) for x in (e, u)])
+    sums = torch.stack(sums_of(e, listed, e_listed, zeros))
     losses = sums.log1p().sum((0, -1))
     return PlainLists(e, listed, e_listed, sums, losses) if float(losses.amax()) <= SAFE else None
 

@@ -21,13 +21,34 @@ SAFE = 60.0
 LabelReader = Callable[[int, slice, slice, torch.Tensor], None]
 
 
-class Terms(NamedTuple):
-    """A tile's exponentials e [rows, columns] under the pivots m [rows, 1] of its rows; None stands for 0."""
+class Terms(Protocol):
+    """The exponentials of a tile."""
+
+    def add_to(self, log_n: LogSum, log_p: LogSum) -> None: ...
+
+    def gradient(self, log_n: LogSum, log_p: LogSum, grad_scale: float, out: torch.Tensor) -> None:
+        """Spends them."""
+
+
+class TermsOfCells(NamedTuple):
+    """Terms of labels cell by cell: e [rows, columns] under the pivots m [rows, 1] of the rows; None stands for 0."""
 
     m_n: torch.Tensor | None
     e_n: torch.Tensor
     m_p: torch.Tensor | None
     e_p: torch.Tensor
+
+    def add_to(self, log_n: LogSum, log_p: LogSum) -> None:
+        log_n.add(self.m_n, self.e_n.sum(-1, keepdim=True))
+        log_p.add(self.m_p, self.e_p.sum(-1, keepdim=True))
+
+    def gradient(self, log_n: LogSum, log_p: LogSum, grad_scale: float, out: torch.Tensor) -> None:
+        self.e_n.mul_(log_n.share(self.m_n).mul_(grad_scale))
+        self.e_p.mul_(log_p.share(self.m_p).mul_(grad_scale))
+        if out.dtype == self.e_n.dtype:
+            torch.sub(self.e_n, self.e_p, out=out)
+        else:
+            out.copy_(self.e_n.sub_(self.e_p))
 
 
 class Cells:
@@ -171,22 +192,14 @@ def sweep(cells: Cells, grad_scale: float, with_grad: bool) -> tuple[torch.Tenso
         log_n, log_p = LogSum(), LogSum()
         for cols in columns:
             tile = cells.terms(o, rows, cols)
-            log_n.add(tile.m_n, tile.e_n)
-            log_p.add(tile.m_p, tile.e_p)
+            tile.add_to(log_n, log_p)
         loss[o, rows] = (log_n.value() + log_p.value()).squeeze(-1)
         if with_grad:
             for cols in columns:
                 if len(columns) > 1 or tile is None:
                     tile = cells.terms(o, rows, cols)
-                grad[o, rows, cols] = _tile_gradient(tile, log_n, log_p, grad_scale)
+                tile.gradient(log_n, log_p, grad_scale, grad[o, rows, cols])
     return loss, grad
-
-
-def _tile_gradient(tile: Terms, log_n: LogSum, log_p: LogSum, grad_scale: float) -> torch.Tensor:
-    """In the place of the tile."""
-    tile.e_n.mul_(log_n.share(tile.m_n).mul_(grad_scale))
-    tile.e_p.mul_(log_p.share(tile.m_p).mul_(grad_scale))
-    return torch.sub(tile.e_n, tile.e_p, out=tile.e_n)
 
 
 def tile_terms(
@@ -196,7 +209,7 @@ def tile_terms(
     u: torch.Tensor,
     left_out: torch.Tensor | None,
     labels_surely_valid: bool,
-) -> Terms:
+) -> TermsOfCells:
     """The terms of scores ``s`` and labels ``p``; the buffers p, n, u become part of the result or are spent."""
     if left_out is not None:  # first, for nothing in such a cell may count: not NaN, not a label of 7
         s = s.masked_fill(left_out, 0.0)
@@ -206,13 +219,13 @@ def tile_terms(
         torch.sub(1.0, p, out=n)
         if left_out is not None:
             n.masked_fill_(left_out, 0.0)
-        return Terms(None, n.mul_(u), None, p.div_(u))
+        return TermsOfCells(None, n.mul_(u), None, p.div_(u))
     ignored = (p == -100) | (s == -torch.inf)
     left_out = ignored if left_out is None else left_out | ignored
     s = s.masked_fill(((p < 0) | (p > 1)) & ~left_out, torch.nan)  # a label of NaN makes a NaN by itself
     torch.neg(p, out=n).log1p_().add_(s).masked_fill_(left_out | (p == 1), -torch.inf)  # inf + log 0 is NaN
     p.log_().sub_(s).masked_fill_(left_out, -torch.inf)
-    return Terms(*_pivoted(n), *_pivoted(p))
+    return TermsOfCells(*_pivoted(n), *_pivoted(p))
 
 
 def within(x: torch.Tensor, low: float, high: float) -> bool:
@@ -240,14 +253,13 @@ class PlainRows(Protocol):
 
 
 class LogSum:
-    """The running log(1 + sum of e * exp(m)) of each row."""
+    """The running log(1 + sum of S * exp(m)) of each row."""
 
     def __init__(self, m: torch.Tensor | None = None, S: torch.Tensor | None = None) -> None:
         self.m = m
         self.sum = S
 
-    def add(self, m: torch.Tensor | None, e: torch.Tensor) -> None:
-        S = e.sum(-1, keepdim=True)
+    def add(self, m: torch.Tensor | None, S: torch.Tensor) -> None:
         if self.sum is None:
             self.m, self.sum = m, S
         elif self.m is None and m is None:
@@ -294,9 +306,7 @@ def sweep_log_sums(cells: Cells) -> torch.Tensor:
     for o, rows in row_tiles(outer, inner, classes, TILE) if columns else ():
         terms = LogSum(), LogSum()
         for cols in columns:
-            tile = cells.terms(o, rows, cols)
-            terms[0].add(tile.m_n, tile.e_n)
-            terms[1].add(tile.m_p, tile.e_p)
+            cells.terms(o, rows, cols).add_to(*terms)
         for m, S, term in zip(sums[::2], sums[1::2], terms, strict=True):
             assert term.sum is not None
             m[o, rows] = 0.0 if term.m is None else term.m.squeeze(-1)
@@ -311,6 +321,6 @@ def sweep_gradient(cells: Cells, sums: torch.Tensor, grad_scale: float) -> torch
     for o, rows in row_tiles(outer, inner, classes, TILE):
         m_n, S_n, m_p, S_p = sums[:, o, rows]
         for cols in column_tiles(classes, TILE):
-            tile = cells.terms(o, rows, cols)
-            grad[o, rows, cols] = _tile_gradient(tile, LogSum(m_n, S_n), LogSum(m_p, S_p), grad_scale)
+            logs = LogSum(m_n, S_n), LogSum(m_p, S_p)
+            cells.terms(o, rows, cols).gradient(*logs, grad_scale, grad[o, rows, cols])
     return grad
