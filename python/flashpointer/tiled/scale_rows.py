@@ -9,7 +9,10 @@ from ._tiles import row_tiles
 
 def scale_(grad: torch.Tensor, upstream: torch.Tensor, factor: float) -> None:
     """As ``kernels.scale_rows.scale_``; on a CPU, which can look, at once if all factors are 1."""
-    if upstream.dim() == 0 and grad.device.type == "cpu" and float(upstream) * factor == 1.0:
+    if upstream.dim() == 0 and grad.device.type == "cpu":
+        scalar = float(upstream) * factor
+        if scalar != 1.0:
+            grad.mul_(scalar)
         return
     scale = upstream * factor
     if grad.device.type == "cpu" and bool((scale == 1).all()):

@@ -87,8 +87,8 @@ def _tile(
     distance, gap, product = rest if kept else (rest[0], f_s, f_t)
     if left_in is not None or s.device.type != "cpu":
         s, t = _cleared(s, t, left_in)
-    torch.sub(s, t, out=distance)
     torch.sub(torch.sigmoid(s, out=f_s), torch.sigmoid(t, out=f_t), out=gap)
+    torch.sub(s, t, out=distance)
     losses = torch.mul(gap, distance, out=product).sum(-1)
     if left_in is None and s.device.type == "cpu" and not math.isfinite(losses.sum()):  # -inf - -inf is NaN
         return _tile(s, t, torch.ones_like(s, dtype=torch.bool), grad_scale, grads, work)
