@@ -96,7 +96,7 @@ def test_pointer_decode() -> None:
 
 
 @pytest.mark.parametrize(
-    "op, forward, both", [("zlpr_loss", 15, 20), ("sparse_zlpr_loss", 20, 26), ("zlpr_kl_div", 13, 24)]
+    "op, forward, both", [("zlpr_loss", 14, 19), ("sparse_zlpr_loss", 20, 25), ("zlpr_kl_div", 11, 20)]
 )
 def test_rows(op: str, forward: int, both: int) -> None:
     alone, together = of_op(op, problem(op, (16, 28)))

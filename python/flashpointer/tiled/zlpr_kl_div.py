@@ -6,6 +6,7 @@ The gradients come of the same sweep as the losses, for what they are made of is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -45,21 +46,24 @@ def forward_with_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The losses of rows [outer, inner, C], or [..., C] that are ``one_tile``; and grad_scale times the gradients of
     their sum, empty where not needed."""
-    grads = [
-        torch.empty(x.shape if needed else 0, dtype=x.dtype, device=x.device)
-        for x, needed in ((scores, need_scores), (other, need_other))
-    ]
+    needed = need_scores, need_other
     if one_tile(scores, mask):
-        losses = _tile(scores, other, None, grad_scale, grads)
-        return losses, grads[0], grads[1]
+        losses, grads = _tile(scores, other, None, grad_scale, needed)
+        of_scores, of_other = (grad if grad.dtype == scores.dtype else grad.to(scores.dtype) for grad in grads)
+        return losses, of_scores, of_other
+    grads = [
+        torch.empty(x.shape if need else 0, dtype=x.dtype, device=x.device)
+        for x, need in zip((scores, other), needed, strict=True)
+    ]
     outer, inner, classes = scores.shape
     losses = torch.zeros((outer, inner), dtype=computing_dtype(scores.dtype), device=scores.device)
     work: list[torch.Tensor] = []
     for o, rows in row_tiles(outer, inner, classes):
         for columns in column_tiles(classes):
-            of_tile = [x[o, rows, columns] if x.dim() == 3 else x for x in (scores, other, *grads)]
+            s, t, *outs = (x[o, rows, columns] if x.dim() == 3 else x for x in (scores, other, *grads))
             left_in = None if mask is None else mask[o, rows, columns]
-            losses[o, rows].add_(_tile(of_tile[0], of_tile[1], left_in, grad_scale, of_tile[2:], work))
+            of_tile, _ = _tile(s, t, left_in, grad_scale, needed, outs, work)
+            losses[o, rows].add_(of_tile)
     return losses, grads[0], grads[1]
 
 
@@ -68,41 +72,43 @@ def _tile(
     t: torch.Tensor,
     left_in: torch.Tensor | None,
     grad_scale: float,
-    grads: list[torch.Tensor],
+    needed: tuple[bool, bool],
+    outs: Sequence[torch.Tensor | None] = (None, None),
     work: list[torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """The losses of a tile [..., C]; its gradients, but for those that are empty, are written. ``work`` is a list of
-    buffers, for tile after tile."""
-    of_s, of_t = grads
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The losses of a tile [..., C]; and its gradients, in ``outs``, or new and in the computing dtype. ``work`` is
+    a list of buffers, for tile after tile."""
     s, t = computing(s).contiguous(), computing(t).contiguous()  # else sigmoid has other last bits
-    work = [] if work is None else work
     # Sigmoids stand where the gradients will: what is written less often stays in cache.
-    in_place = [out.numel() > 0 and out.dtype == s.dtype for out in grads]
-    kept = of_s.numel() + of_t.numel() > 0  # the sigmoids, for gradients
-    if not work or work[0].shape != s.shape:
-        work.clear()
-        work[:] = s.new_empty((1 + 2 * kept + 2 - sum(in_place), *s.shape)).unbind()
-    rest = list(work)
-    f_s, f_t = (out if here else rest.pop() for out, here in zip(grads, in_place, strict=True))
-    distance, gap, product = rest if kept else (rest[0], f_s, f_t)
+    in_place = [need and out is not None and out.dtype == s.dtype for need, out in zip(needed, outs, strict=True)]
+    kept = any(needed)  # the sigmoids, for gradients
+    buffers: list[torch.Tensor | None] = [None] * 5
+    if work is not None:
+        if not work or work[0].shape != s.shape:
+            work[:] = s.new_empty((1 + 2 * kept + 2 - sum(in_place), *s.shape)).unbind()
+        buffers = list(work)
+    of_s, of_t = (out if here else buffers.pop() for out, here in zip(outs, in_place, strict=True))
     if left_in is not None or s.device.type != "cpu":
         s, t = _cleared(s, t, left_in)
-    torch.sub(torch.sigmoid(s, out=f_s), torch.sigmoid(t, out=f_t), out=gap)
-    torch.sub(s, t, out=distance)
-    losses = torch.mul(gap, distance, out=product).sum(-1)
+    f_s, f_t = torch.sigmoid(s, out=of_s), torch.sigmoid(t, out=of_t)
+    gap = torch.sub(f_s, f_t, out=buffers.pop() if kept else f_s)
+    distance = torch.sub(s, t, out=buffers.pop())
+    losses = torch.mul(gap, distance, out=buffers.pop() if kept else f_t).sum(-1)
     if left_in is None and s.device.type == "cpu" and not math.isfinite(losses.sum()):  # -inf - -inf is NaN
-        return _tile(s, t, torch.ones_like(s, dtype=torch.bool), grad_scale, grads, work)
-    if grad_scale != 1.0 and (of_s.numel() or of_t.numel()):
+        return _tile(s, t, torch.ones_like(s, dtype=torch.bool), grad_scale, needed, outs, work)
+    if grad_scale != 1.0 and kept:
         gap.mul_(grad_scale)
-    for sign, f, out in ((1, f_s, of_s), (-1, f_t, of_t)):
-        if out.numel():
+    grads = []
+    for sign, f, need, out in zip((1, -1), (f_s, f_t), needed, outs, strict=True):
+        if need:
             slope = f.addcmul_(f, f, value=-1)  # f - f * f
             torch.addcmul(gap, slope, distance, value=grad_scale, out=f)
             if sign < 0:
                 f.neg_()
-            if f is not out:
+            if out is not None and f is not out:
                 out.copy_(f)
-    return losses
+        grads.append(f if need else f.new_empty(0))
+    return losses, grads
 
 
 def _cleared(s: torch.Tensor, t: torch.Tensor, left_in: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
