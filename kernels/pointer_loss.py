@@ -581,14 +581,19 @@ def weigh(k, first, rows, terms, group, shape, tile):
 
 
 @triton.jit
-def add_vectors(d_q, d_k, first, rows, d_rows, dx, tile):
-    """d_q, d_k [TOKENS, VECTOR], with what direct rows give, whose dq is d_rows and whose weights are dx."""
+def add_to_keys(d_k, rows, dx, tile):
+    """d_k [TOKENS, VECTOR], with what direct rows give, whose weights are dx."""
     weights = tl.trans(dx.to(tile.TABLE))  # [TOKENS, GATHERED]
-    d_k = tl.dot(weights, rows.q.x.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
+    return tl.dot(weights, rows.q.x.to(tile.TABLE), acc=d_k, input_precision=tile.PRECISION)
+
+
+@triton.jit
+def add_to_rows(d_q, first, rows, d_rows, tile):
+    """d_q [TOKENS, VECTOR], with the dq of direct rows, d_rows."""
     token = first + tl.arange(0, tile.TOKENS)
     places = ((token[:, None] == rows.m[None, :]) & rows.live[None, :]).to(tl.float32)  # [TOKENS, GATHERED]
     precision: tl.constexpr = "ieee" if tile.PRECISION == "ieee" else "tf32x3"
-    return tl.dot(places, mark(d_rows), acc=d_q, input_precision=precision), d_k
+    return tl.dot(places, mark(d_rows), acc=d_q, input_precision=precision)
 
 
 @triton.jit
@@ -632,16 +637,18 @@ def vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS: 
         at = left.d_listed + p.to(tl.int64)[:, None] * tile.VECTOR + d
         d_rows = tl.load(at, mask=rows.live[:, None], other=0.0)  # [GATHERED, VECTOR]
         dx = weigh(k, first, rows, load_terms(group, upstream, rows, shape), group, shape, tile)
-        d_q, d_k = add_vectors(d_q, d_k, first, rows, d_rows, dx, tile)
+        d_k = add_to_keys(d_k, rows, dx, tile)
+        d_q = add_to_rows(d_q, first, rows, d_rows, tile)
     for h in range(0, tl.where(most_unsafe(group, shape) > 0, shape.heads, 0)):
         count = tl.load(group.unsafe_counts + h)
         for i in range(0, count, GATHERED):
             rows = load_unsafe(group, h, i + tl.arange(0, GATHERED), count, shape, tile)
             terms = load_terms(group, upstream, rows, shape)
-            here = rows.live & (rows.m >= first) & (rows.m < first + tile.TOKENS)
-            d_rows = direct_vectors(only(rows, here), terms, group, shape, tile, tile.FEW)  # the others are 0
             dx = weigh(k, first, rows, terms, group, shape, tile)
-            d_q, d_k = add_vectors(d_q, d_k, first, rows, d_rows, dx, tile)
+            d_k = add_to_keys(d_k, rows, dx, tile)  # before d_rows takes registers
+            here = rows.live & (rows.m >= first) & (rows.m < first + tile.TOKENS)
+            d_rows = direct_vectors(only(rows, here), terms, group, shape, tile, GATHERED)  # the others are 0
+            d_q = add_to_rows(d_q, first, rows, d_rows, tile)
     return unmark(d_q), d_k
 
 
@@ -665,6 +672,15 @@ def ends_of_tokens(group, left, spans, upstream, first, h_first, shape, tile):
     return unmark(d_end)
 
 
+@triton.jit
+def angles_of(positions, token, length, tile):
+    """cos and sin [TOKENS, VECTOR / 2]; without RoPE nothing reads them."""
+    angles = (0.0, 0.0)
+    if tile.ROPE:
+        angles = rotation(load_positions(positions, token, length), tile.SIZE, tile.VECTOR // 2)
+    return angles
+
+
 @triton.jit(do_not_specialize=PER_BATCH)
 def turn_back_kernel(
     workspace, gradients, upstream, positions, d_q, d_k, d_start, d_end,
@@ -683,13 +699,14 @@ def turn_back_kernel(
     upstream = open_upstream(upstream, share, i, own_heads, heads, (stride_ub, stride_uh))
     token = first + tl.arange(0, tile.TOKENS)
     if tl.program_id(1) == 0:
-        angles = (0.0, 0.0)
-        if tile.ROPE:  # here, where loads are still on their way
-            position = load_positions(
-                Tokens(positions, offset(i // own_heads, 0, stride_pb, 0), stride_pn), token, length
-            )
-            angles = rotation(position, tile.SIZE, tile.VECTOR // 2)
+        places = Tokens(positions, offset(i // own_heads, 0, stride_pb, 0), stride_pn)
+        # Where there are registers for them, while loads are still on their way.
+        EARLY: tl.constexpr = tile.VECTOR <= 128
+        if EARLY:
+            angles = angles_of(places, token, length, tile)
         of_q, of_k = vectors_of_tokens(group, left, spans, upstream, first, shape, tile, BLOCKS)
+        if not EARLY:
+            angles = angles_of(places, token, length, tile)
         of_group = tl.cast(i, tl.int64) * length * tile.SIZE
         store_turned_back(d_q + of_group, of_q * (scale * sign), token, 0, angles, length, tile)
         store_turned_back(d_k + of_group, of_k * scale, token, 0, angles, length, tile)

@@ -23,7 +23,7 @@ class Tile:
     BM: Any  # rows and columns of a tile in the sweeps along the rows
     BN: Any
     BACK_BM: Any  # and along the columns, of the same width: a row's rho must cover the same columns everywhere
-    FEW: Any  # columns of unsafe rows at a time in launches 3 and 5: as few registers as let launch 3 run all at once
+    FEW: Any  # columns of unsafe rows at a time in launch 3: as few registers as let it run all at once
     TOKENS: Any  # to a program that turns back
     HEADS: Any  # to a program: forward
     BACK_HEADS: Any  # and backward; heads are padded to a multiple of it
