@@ -305,6 +305,9 @@ def test_from_a_model(kind: type[transformers.PreTrainedModel], tmp_path: Path) 
 def test_what_is_no_encoder() -> None:
     with pytest.raises(TypeError, match=r"from_encoder: encoder takes the name or the folder .*; got int 7"):
         SpanModel.from_encoder(7, TYPES)
+    t5 = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(TypeError, match=r"encoder takes of a T5Config what AutoModel makes .*; got T5EncoderModel"):
+        SpanModel.from_encoder(transformers.T5EncoderModel(t5), TYPES)
     with pytest.raises(TypeError, match=r"from_encoder: a model as encoder takes no options; got dtype"):
         SpanModel.from_encoder(transformers.BertModel(bert()), TYPES, dtype=torch.float16)
 

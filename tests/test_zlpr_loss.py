@@ -358,3 +358,15 @@ def test_exponentials_of_few_numbers_and_of_many(count: int, of: torch.dtype) ->
     assert exp(in_place, out=in_place) is in_place and torch.equal(in_place.nan_to_num(), e.nan_to_num())
     x, e = x[6:].double(), e[6:].double()
     assert ((e - x.exp()).abs() <= torch.finfo(of).eps * (2 + x.abs()) * x.exp()).all()
+
+
+@pytest.mark.parametrize("shape", [(30, 100), (1, 500_000)], ids=str)
+@pytest.mark.parametrize("score", [-58.7, -41.3, -30.0, -22.01, -21.99, -15.5, -10.9, 10.9, 30.0, 58.7])
+def test_rows_whose_scores_are_all_far_from_0_keep_their_digits(shape: tuple[int, int], score: float) -> None:
+    """Each cell is off to the same side. Of rows, and of parts of one."""
+    scores = torch.full(shape, score)
+    for name, labels in ("labels", torch.zeros(shape, dtype=torch.bool)), ("positives", torch.full((shape[0], 1), -1)):
+        for result in compare({"labels": "zlpr_loss"}.get(name, "sparse_zlpr_loss"), {"scores": scores, name: labels}):
+            assert result.ok, result
+    for result in compare("zlpr_loss", {"scores": scores, "labels": torch.ones(shape, dtype=torch.bool)}):
+        assert result.ok, result

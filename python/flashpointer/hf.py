@@ -28,7 +28,7 @@ from .spans import _read
 from .spans.offsets import read_texts
 
 try:
-    from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+    from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
     from transformers.utils import ModelOutput, logging
 except ModuleNotFoundError as error:
     raise ImportError("flashpointer.hf takes transformers: pip install 'flashpointer[transformers]'") from error
@@ -142,11 +142,13 @@ class SpanModel(PreTrainedModel):
 
         Args:
             encoder: its name or folder, as ``AutoModel.from_pretrained`` takes it; options go there too. Or a model of
-                Transformers, with or without a head of its own, whose encoder this becomes: it is not copied.
+                Transformers, with or without a head of its own, whose encoder this becomes: it is not copied, and its
+                pooler, which has no part in the loss, is frozen.
             types, head, head_options, decoding: as for ``SpanConfig``.
 
         Raises:
-            TypeError, ValueError: for an encoder that is neither, options beside a model, and as of ``SpanConfig``.
+            TypeError, ValueError: for an encoder that is neither; for a model that ``AutoModel`` would not make of its
+                config, and so not load; for options beside a model; and as of ``SpanConfig``.
         """
         if not isinstance(encoder, (str, os.PathLike, PreTrainedModel)):
             takes = "the name or the folder of a pretrained encoder, or a model of Transformers"
@@ -156,6 +158,10 @@ class SpanModel(PreTrainedModel):
         elif options:
             raise TypeError(f"from_encoder: a model as encoder takes no options; got {', '.join(options)}")
         base: PreTrainedModel = encoder.base_model
+        known = MODEL_MAPPING.get(type(base.config), ())
+        if type(base) not in (known if isinstance(known, tuple) else (known,)):
+            takes = f"of a {type(base.config).__name__} what AutoModel makes of it, or else it could not be loaded"
+            raise TypeError(f"from_encoder: encoder takes {takes}; got {type(base).__name__}")
         model = cls(SpanConfig(base.config, types, head, head_options, decoding), base)
         model.head.to(base.device, base.dtype)
         return model

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ..problem import Listed, Lists, LogSums
-from ._tiles import computing_dtype, exp, small_on_one_thread
+from ._tiles import computing_dtype, small_on_one_thread
 
 CELLS = 1 << 17  # to a tile of scores: the products lose a tenth with half of them
 HEIGHT = 256  # rows to a block, at most
@@ -170,7 +170,7 @@ def forward(
                 S_b.mul_(torch.exp(m_b - pivot))
                 m_b.copy_(pivot)
                 s.sub_(pivot.unsqueeze(1))
-            S_b.add_(exp(s, out=s).sum(1))
+            S_b.add_(s.exp_().sum(1))
     x = torch.empty_like(scores)
     x[sweep.order] = scores
     x = _positives(x, listed)
@@ -270,7 +270,7 @@ def backward(
                 E = sweep.exponents(tile, block)
                 if pivoted:
                     E.sub_(pivots[rows])
-                exp(E, out=E)
+                E.exp_()
             cells = sweep.listed(tile, block)
             if cells.start < cells.stop:
                 E.view(-1).index_add_(0, sweep.at[cells], pull[cells], alpha=-1)

@@ -13,7 +13,7 @@ import torch
 
 from . import zlpr_loss
 from ._tiles import SMALL, computing, computing_dtype, exp, one_tile, small_on_one_thread
-from .zlpr_loss import SAFE, divisors_of, within
+from .zlpr_loss import SAFE, are_plain, divisors_of, extremes
 
 
 class Cells(zlpr_loss.Cells):
@@ -32,11 +32,12 @@ class Cells(zlpr_loss.Cells):
 
     def terms(self, o: int, rows: slice, columns: slice) -> zlpr_loss.Terms:
         s = computing(self.scores[o, rows, columns])
-        if self.mask is not None or s.device.type != "cpu" or not within(s, -SAFE, SAFE):
+        least, most = extremes(s) if self.mask is None and s.device.type == "cpu" else (-torch.inf, torch.inf)
+        if not (least >= -SAFE and most <= SAFE):
             return super().terms(o, rows, columns)
         e, zeros = self._two_buffers(s)
         listed = self._listed(o, rows, columns)
-        return TermsOfLists(e, listed, take_listed(s, listed, e), zeros)
+        return TermsOfLists(e, listed, take_listed(s, listed, e, max(-least, most)), zeros)
 
     def _two_buffers(self, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Like s, in memory that the next tile takes; the second is 0, and is to be so again."""
@@ -78,7 +79,7 @@ class TermsOfLists(NamedTuple):
     zeros: torch.Tensor  # [rows, columns]
 
     def add_to(self, log_n: zlpr_loss.LogSum, log_p: zlpr_loss.LogSum) -> None:
-        for log_sum, S in zip((log_n, log_p), sums_of(*self), strict=True):
+        for log_sum, S in zip((log_n, log_p), sums_of(self.e, self.listed, self.e_listed, self.zeros), strict=True):
             log_sum.add(None, S)
 
     def gradient(self, log_n: zlpr_loss.LogSum, log_p: zlpr_loss.LogSum, grad_scale: float, out: torch.Tensor) -> None:
@@ -107,9 +108,9 @@ class PlainLists(NamedTuple):
         return grad
 
 
-def take_listed(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-    """exp(-s) of the listed cells. Fills e with exp(s), 0 where listed."""
-    exp(s, out=e)
+def take_listed(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor, farthest: float = 0.0) -> torch.Tensor:
+    """exp(-s) of the listed cells. Fills e with exp(s), 0 where listed. ``farthest`` as for ``exp``."""
+    exp(s, out=e, farthest=farthest)
     e_listed: torch.Tensor = e.take(listed).reciprocal_()
     e.view(-1).index_fill_(0, listed, 0.0)
     return e_listed
@@ -131,17 +132,17 @@ def rows_of(listed: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
 
 
 def subtract(x: torch.Tensor, listed: torch.Tensor, grad: torch.Tensor) -> None:
-    """x of the listed cells, which is spent, from a gradient that is 0 there and contiguous, as tiles are."""
+    """x of the listed cells, which is spent, from a gradient that is 0 there; and contiguous, for a tile is of whole
+    rows or of a part of one."""
     grad.view(-1).scatter_(0, listed, x.neg_())
 
 
 def plain_lists(s: torch.Tensor, listed: torch.Tensor, e: torch.Tensor, zeros: torch.Tensor) -> PlainLists | None:
-    """Of scores ``s`` [rows, C] of which some are ``listed``. Fills e. None where the losses say that a score was far
-    from 0."""
+    """Of scores ``s`` [rows, C] of which some are ``listed``. Fills e. None where the losses are not ``are_plain``."""
     e_listed = take_listed(s, listed, e)
     sums = torch.stack(sums_of(e, listed, e_listed, zeros))
     losses = sums.log1p().sum((0, -1))
-    return PlainLists(e, listed, e_listed, sums, losses) if float(losses.amax()) <= SAFE else None
+    return PlainLists(e, listed, e_listed, sums, losses) if are_plain(losses, s) else None
 
 
 @small_on_one_thread(lambda scores, *_: scores.numel())

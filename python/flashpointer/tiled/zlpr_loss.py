@@ -7,13 +7,26 @@ the losses of whole rows, and at the scores of parts of rows. Labels are copied 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 
 from ..problem import log_one_plus
-from ._tiles import SMALL, TILE, column_tiles, computing, computing_dtype, exp, one_tile, row_tiles, small_on_one_thread
+from ._tiles import (
+    EXACT_EXP,
+    FEW_EXPONENTIALS,
+    SMALL,
+    TILE,
+    column_tiles,
+    computing,
+    computing_dtype,
+    exp,
+    one_tile,
+    row_tiles,
+    small_on_one_thread,
+)
 
 SAFE = 60.0
 
@@ -167,7 +180,16 @@ def plain_rows(s: torch.Tensor, p: torch.Tensor, e: torch.Tensor, hard: bool) ->
     else:  # each thread sums what it has written; of both at once it would be what another has, at six times the cost
         sums = torch.stack([e_n.sum(-1, keepdim=True), e_p.sum(-1, keepdim=True)])
     losses = sums.log1p().sum((0, -1))
-    return Plain(e, e_n, e_p, sums, losses) if float(losses.amax()) <= SAFE else None  # which NaN is not
+    return Plain(e, e_n, e_p, sums, losses) if are_plain(losses, s) else None
+
+
+def are_plain(losses: torch.Tensor, s: torch.Tensor) -> bool:
+    """Whether no score of these rows that counts was far from 0, nor all of a row on its right side so far that ``exp``
+    lost digits of its loss: then all classes come to less."""
+    if s.numel() <= FEW_EXPONENTIALS:
+        return float(losses.amax()) <= SAFE  # which NaN is not
+    least, most = extremes(losses)
+    return 2 * s.shape[-1] * math.exp(-EXACT_EXP) <= least and most <= SAFE
 
 
 def sweep(cells: Cells, grad_scale: float, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,8 +236,9 @@ def tile_terms(
     if left_out is not None:  # first, for nothing in such a cell may count: not NaN, not a label of 7
         s = s.masked_fill(left_out, 0.0)
         p.masked_fill_(left_out, 0.0)
-    if s.device.type == "cpu" and within(s, -SAFE, SAFE) and (labels_surely_valid or within(p, 0.0, 1.0)):
-        exp(s, out=u)
+    least, most = extremes(s) if s.device.type == "cpu" else (-torch.inf, torch.inf)
+    if least >= -SAFE and most <= SAFE and (labels_surely_valid or within(p, 0.0, 1.0)):
+        exp(s, out=u, farthest=max(-least, most))
         torch.sub(1.0, p, out=n)
         if left_out is not None:
             n.masked_fill_(left_out, 0.0)
@@ -228,17 +251,23 @@ def tile_terms(
     return TermsOfCells(*_pivoted(n), *_pivoted(p))
 
 
-def within(x: torch.Tensor, low: float, high: float) -> bool:
+def extremes(x: torch.Tensor) -> tuple[float, float]:
+    """The least and the largest number, NaN if there is one; 0 of none."""
     if x.numel() == 0:
-        return True
+        return 0.0, 0.0
     least, most = torch.aminmax(x)
-    return bool((least >= low) & (most <= high))  # False for a NaN
+    return float(least), float(most)
+
+
+def within(x: torch.Tensor, low: float, high: float) -> bool:
+    least, most = extremes(x)
+    return low <= least and most <= high
 
 
 def _pivoted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(m, exp(x - m)), in the place of x; exp(inf - m) is inf, never NaN."""
     m = x.amax(-1, keepdim=True).clamp_(0.0, torch.finfo(x.dtype).max)
-    return m, exp(x.sub_(m), out=x)
+    return m, x.sub_(m).exp_()
 
 
 class PlainRows(Protocol):
