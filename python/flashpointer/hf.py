@@ -150,20 +150,21 @@ class SpanModel(PreTrainedModel):
             TypeError, ValueError: for an encoder that is neither; for a model that ``AutoModel`` would not make of its
                 config, and so not load; for options beside a model; and as of ``SpanConfig``.
         """
-        if not isinstance(encoder, (str, os.PathLike, PreTrainedModel)):
+        if isinstance(encoder, PreTrainedModel):
+            if options:
+                raise TypeError(f"from_encoder: a model as encoder takes no options; got {', '.join(options)}")
+            encoder = encoder.base_model
+            kind, known = type(encoder.config), MODEL_MAPPING.get(type(encoder.config), ())
+            if type(encoder) not in (known if isinstance(known, tuple) else (known,)):
+                takes = f"of a {kind.__name__} what AutoModel makes of it, or else it could not be loaded"
+                raise TypeError(f"from_encoder: encoder takes {takes}; got {type(encoder).__name__}")
+        elif isinstance(encoder, (str, os.PathLike)):
+            encoder = AutoModel.from_pretrained(encoder, **options)
+        else:
             takes = "the name or the folder of a pretrained encoder, or a model of Transformers"
             raise TypeError(f"from_encoder: encoder takes {takes}; got {_checks.describe(encoder)}")
-        if not isinstance(encoder, PreTrainedModel):
-            encoder = AutoModel.from_pretrained(encoder, **options)
-        elif options:
-            raise TypeError(f"from_encoder: a model as encoder takes no options; got {', '.join(options)}")
-        base: PreTrainedModel = encoder.base_model
-        known = MODEL_MAPPING.get(type(base.config), ())
-        if type(base) not in (known if isinstance(known, tuple) else (known,)):
-            takes = f"of a {type(base.config).__name__} what AutoModel makes of it, or else it could not be loaded"
-            raise TypeError(f"from_encoder: encoder takes {takes}; got {type(base).__name__}")
-        model = cls(SpanConfig(base.config, types, head, head_options, decoding), base)
-        model.head.to(base.device, base.dtype)
+        model = cls(SpanConfig(encoder.config, types, head, head_options, decoding), encoder)
+        model.head.to(encoder.device, encoder.dtype)
         return model
 
     def forward(
