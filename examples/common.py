@@ -120,7 +120,10 @@ def parse(
         options, arguments = parser.parse_args_into_dataclasses()
     except ValueError as error:
         parser.error(str(error))
-    if (options.train is None) != (options.dev is None):
+    if getattr(options, "trained", None) is not None:
+        if options.train is not None:
+            parser.error("--trained and --train exclude each other")
+    elif (options.train is None) != (options.dev is None):
         parser.error("--train and --dev go together")
     if (resumed := arguments.resume_from_checkpoint) and not (Path(resumed) / "trainer_state.json").exists():
         parser.error(f"--resume_from_checkpoint: no checkpoint in {resumed}")
@@ -153,6 +156,11 @@ def fit(model: Any, options: Options, arguments: transformers.TrainingArguments,
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
+    score(trainer)
+
+
+def score(trainer: transformers.Trainer) -> None:
+    """Prints and saves the evaluation."""
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)

@@ -2,6 +2,7 @@
 
     python examples/train_ner.py                                    # a synthetic corpus, under a minute, no download
     python examples/train_ner.py --train train.jsonl.gz --dev dev.jsonl.gz --encoder bert-base-cased --output_dir run
+    python examples/train_ner.py --trained run/model --dev test.jsonl.gz --output_dir test      # scores it alone
 
 A file is JSON lines ``{"tokens": ["Anna", ...], "spans": [[start, end, type], ...]}``, end inclusive, if its name ends
 in .jsonl, .json or either with .gz; else CoNLL columns, the token first and its tag (BIO, BIOES, BILOU, BMES) last.
@@ -26,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from common import InputError, Options, encoder_of, exit_status, fit, parse, read_json_lines, read_lines
+from common import InputError, Options, encoder_of, exit_status, fit, parse, read_json_lines, read_lines, score
 from synthetic import Sentence, entities
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ HEADS = {"efficient": fp.nn.EfficientGlobalPointer, "global": fp.nn.GlobalPointe
 class NerOptions(Options):
     head: Literal["efficient", "global"] = field(default="efficient", metadata={"help": "the span head"})
     loss: Literal["fused", "eager"] = field(default="fused", metadata={"help": "eager: from stored scores, to compare"})
+    trained: Path | None = field(default=None, metadata={"help": "a model that this program saved, to score on --dev"})
 
 
 def read(path: Path) -> list[Sentence]:
@@ -146,15 +148,33 @@ class EagerTagger(Tagger):
 TAGGERS = {"eager": EagerTagger, "fused": Tagger}
 
 
+def load(folder: Path, types: Sequence[str]) -> tuple[SpanModel, Any]:
+    """A trained model that knows these types, and its tokenizer."""
+    if not (folder / "config.json").exists():
+        raise InputError(f"--trained: no model in {folder}")
+    model, tokenizer = SpanModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    if unknown := sorted(set(types) - set(model.config.label2id)):
+        raise InputError(
+            f"--trained: {folder} has no type {unknown[0]!r}; it has {reprlib.repr([*model.config.label2id])}"
+        )
+    return model, tokenizer
+
+
 def main() -> None:
     options, arguments = parse(NerOptions, __doc__.splitlines()[0], rate=4e-3)
     transformers.set_seed(arguments.seed)
-    train, dev = (read(options.train), read(options.dev)) if options.train else entities(arguments.seed)
+    train, dev = entities(arguments.seed)
+    if options.dev:
+        train, dev = read(options.train) if options.train else [], read(options.dev)
     types = sorted({kind for sentence in (*train, *dev) for kind, _, _ in sentence.spans})
-    if not types:
+    if options.trained:
+        train, saved, tokenizer = [], *load(options.trained, types)
+        types, encoder = list(saved.config.label2id), saved.encoder
+    elif types:
+        tokenizer, encoder = encoder_of(options.encoder, [sentence.tokens for sentence in train])
+    else:
         raise InputError(f"{options.train}, {options.dev}: no span in either")
-    tokenizer, encoder = encoder_of(options.encoder, [sentence.tokens for sentence in train])
-    _, examples, _ = encode(tokenizer, train, types, options.max_length)
+    examples = encode(tokenizer, train, types, options.max_length)[1] if train else []
     encoding, dev_examples, lost = encode(tokenizer, dev, types, options.max_length)
     gold = fp.spans.from_lists([sentence.spans for sentence in dev], types)
     print(f"{len(train)} and {len(dev)} sentences; no window holds {len(lost)} of the {len(gold)} entities of dev")
@@ -167,11 +187,15 @@ def main() -> None:
         return f1.compute() | {f"gold/{kind}": count for kind, count in zip(types, true, strict=True)}
 
     pad, tagger = tokenizer.pad_token_id or 0, TAGGERS[options.loss](encoder, options.head, len(types))
-    fit(
-        tagger, options, arguments, processing_class=tokenizer,
-        data_collator=functools.partial(fp.spans.collate, heads=types, key="labels", pad_token_id=pad),
-        train_dataset=examples, eval_dataset=dev_examples, compute_metrics=metrics,
-    )  # fmt: skip
+    parts: dict[str, Any] = {
+        "data_collator": functools.partial(fp.spans.collate, heads=types, key="labels", pad_token_id=pad),
+        "train_dataset": examples, "eval_dataset": dev_examples, "compute_metrics": metrics,
+        "processing_class": tokenizer,
+    }  # fmt: skip
+    if options.trained:
+        tagger.head = saved.head
+        return score(transformers.Trainer(tagger, arguments, **parts))
+    fit(tagger, options, arguments, **parts)
     model = SpanModel(SpanConfig(encoder.config, types, HEADS[options.head].__name__), encoder)
     model.head = tagger.head
     folder = Path(arguments.output_dir) / "model"

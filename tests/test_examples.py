@@ -100,6 +100,8 @@ def test_the_tagger_learns_nested_entities(run: Run, tmp_path: Path, head: str) 
     given = {(i, kind, start, end) for i, of in enumerate(entities) for kind, start, end in of}
     read = {(i, e["label"], e["start"], e["end"]) for i, of in enumerate(found) for e in of}
     assert len(given & read) > 0.9 * len(given | read)
+    done = run(train_ner, "--trained", folder)  # scores the same alone
+    assert done.status == 0 and results_in(tmp_path / "out")["eval_f1"] == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,13 @@ def test_errors_name_the_argument(run: Run, program: Any, arguments: list[str], 
     done = run(program, *arguments)
     assert done.status == 2
     assert says in done.err.splitlines()[-1]
+
+
+def test_errors_of_a_trained_tagger(run: Run, tmp_path: Path) -> None:
+    done = run(train_ner, "--trained=a", "--train=a.jsonl")
+    assert done.status == 2 and "--trained and --train exclude each other" in done.err
+    done = run(train_ner, "--trained", tmp_path)
+    assert (done.status, done.err) == (2, f"train_ner.py: error: --trained: no model in {tmp_path}\n")
 
 
 @both_programs
