@@ -478,7 +478,8 @@ def junit_counts(report: Path) -> dict[str, Record]:
     """By the name of a file without its ending."""
     counts: dict[str, Record] = {}
     for test in ElementTree.parse(report).getroot().iter("testcase"):
-        file = next((part for part in test.get("classname", "").split(".") if part.startswith("test_")), "")
+        # The last, for a folder may be called so, too.
+        file = next((part for part in test.get("classname", "").split(".")[::-1] if part.startswith("test_")), "")
         of_file = counts.setdefault(file, {**NO_TESTS, "failures": []})
         bad = [*test.findall("failure"), *test.findall("error")]
         of_file["failures"] += [f"{test.get('name')}: {(what.get('message') or '')[:300]}" for what in bad]
