@@ -82,6 +82,12 @@ def test_tests_that_are_cut_off_are_counted(tmp_path: Path) -> None:
     assert "::test_slow" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_test_counts_for_its_file_in_a_folder_of_such_a_name(tmp_path: Path) -> None:
+    report = tmp_path / "junit.xml"
+    report.write_text('<testsuite><testcase classname="tmp.test_folder.test_it.TestIt" name="test_x"/></testsuite>')
+    assert {file: of["passed"] for file, of in gpu.junit_counts(report).items()} == {"test_it": 1}
+
+
 @pytest.mark.parametrize(
     "status, place, expected",
     [

@@ -77,6 +77,10 @@ class Options:
     max_length: int = field(default=512, metadata={"help": "longest input of the encoder, in tokens"})
     head_learning_rate: float = field(default=2e-3, metadata={"help": "learning rate of all other layers"})
 
+    def __post_init__(self) -> None:
+        if (self.train is None) != (self.dev is None):
+            raise ValueError("--train and --dev go together")
+
 
 # Those of Trainer's options that --help shows.
 SHOWN = {
@@ -120,11 +124,6 @@ def parse(
         options, arguments = parser.parse_args_into_dataclasses()
     except ValueError as error:
         parser.error(str(error))
-    if getattr(options, "trained", None) is not None:
-        if options.train is not None:
-            parser.error("--trained and --train exclude each other")
-    elif (options.train is None) != (options.dev is None):
-        parser.error("--train and --dev go together")
     if (resumed := arguments.resume_from_checkpoint) and not (Path(resumed) / "trainer_state.json").exists():
         parser.error(f"--resume_from_checkpoint: no checkpoint in {resumed}")
     if arguments.learning_rate is None:

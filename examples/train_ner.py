@@ -43,6 +43,12 @@ class NerOptions(Options):
     loss: Literal["fused", "eager"] = field(default="fused", metadata={"help": "eager: from stored scores, to compare"})
     trained: Path | None = field(default=None, metadata={"help": "a model that this program saved, to score on --dev"})
 
+    def __post_init__(self) -> None:
+        if self.trained is None:
+            super().__post_init__()
+        elif self.train is not None:
+            raise ValueError("--trained and --train exclude each other")
+
 
 def read(path: Path) -> list[Sentence]:
     """The sentences of a file."""
@@ -163,9 +169,10 @@ def load(folder: Path, types: Sequence[str]) -> tuple[SpanModel, Any]:
 def main() -> None:
     options, arguments = parse(NerOptions, __doc__.splitlines()[0], rate=4e-3)
     transformers.set_seed(arguments.seed)
-    train, dev = entities(arguments.seed)
     if options.dev:
         train, dev = read(options.train) if options.train else [], read(options.dev)
+    else:
+        train, dev = entities(arguments.seed)
     types = sorted({kind for sentence in (*train, *dev) for kind, _, _ in sentence.spans})
     if options.trained:
         train, saved, tokenizer = [], *load(options.trained, types)
