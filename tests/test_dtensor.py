@@ -116,8 +116,7 @@ def test_two_dimensions_of_a_mesh(rank: int, ranks: int) -> None:
 
 @in_ranks(*COUNTS)
 def test_a_layer_and_its_loss(rank: int, ranks: int) -> None:
-    """By classes: 7 of them, and the gradient of hidden is whole. By rows: weight and bias have that of all rows in
-    parts, a rank's own in each."""
+    """By classes: 7 of them. By rows: 5. What each rank has whole has a gradient in parts, a rank's own in each."""
     mesh = init_device_mesh("cpu", (ranks,))
     whole = {"hidden": torch.randn(5, 8), "weight": torch.randn(7, 8), "bias": torch.randn(7)}
     listed = torch.randint(-1, 7, (5, 3))
@@ -125,7 +124,7 @@ def test_a_layer_and_its_loss(rank: int, ranks: int) -> None:
     by_class = {"hidden": Replicate(), "weight": Shard(0), "bias": Shard(0), "positives": Replicate()}
     by_row = {"hidden": Shard(0), "weight": Replicate(), "bias": Replicate(), "positives": Shard(0)}
     for placements, of_loss, of_grads in (
-        (by_class, Replicate(), (Replicate(), Shard(0), Shard(0))),
+        (by_class, Replicate(), (Partial(), Shard(0), Shard(0))),
         (by_row, Partial(), (Shard(0), Partial(), Partial())),
     ):
         shards = {k: placed(x, mesh, placements[k]) for k, x in {**whole, "positives": listed}.items()}
@@ -144,6 +143,19 @@ def test_a_layer_and_its_loss(rank: int, ranks: int) -> None:
         else:
             fp.linear_zlpr_loss(**taken).backward()
             assert relative_error(torch.cat(blocks), grads[1].to_local()) < 1e-6
+
+
+@in_ranks(*COUNTS)
+def test_rows_that_were_gathered(rank: int, ranks: int) -> None:
+    """Their gradient goes back in shards: PyTorch sums the parts of all ranks as it cuts them."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    whole, listed = {"hidden": torch.randn(6, 8), "weight": torch.randn(7, 8)}, torch.randint(-1, 7, (6, 3))
+    _, truth, _ = run(fp.linear_zlpr_loss, {**whole, "positives": listed}, tuple(whole))
+    hidden, weight = (placed(x, mesh, Shard(0)).requires_grad_() for x in whole.values())
+    gathered = hidden.redistribute(mesh, [Replicate()])
+    (grad,) = torch.autograd.grad(fp.linear_zlpr_loss(gathered, weight, placed(listed, mesh, Replicate())), [hidden])
+    assert grad.placements == (Shard(0),)
+    assert relative_error(grad.full_tensor(), truth) < 1e-6
 
 
 @in_ranks(*COUNTS)

@@ -462,7 +462,7 @@ def test_opcheck(place: Place, reduction: str, keep: bool, soft: bool) -> None:
     inputs["positives"] = inputs["positives"].view(3, 2, 4)
     labels = torch.rand(3, 2, 4, device=place.device) if soft else None
     hidden, weight, bias = (inputs[name].requires_grad_() for name in LAYER)
-    options = (reduction, -100, None, 0, 40, keep, place.backend)
+    options = (reduction, -100, None, True, 0, 40, keep, place.backend)
     op = torch.ops.flashpointer
     # What is kept it shows as a second output, and it is another one each time.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-from . import _checks
+from . import _checks, _shards
 from ._register import PLAIN
 
 if TYPE_CHECKING:
@@ -134,9 +134,9 @@ def _on_locals(function: Callable[..., Any], kind: Kind, arguments: dict[str, An
         raise ValueError(f"{op}: weight_grad takes {takes}; got {_checks.describe(arguments['weight_grad'])}")
     local = {}
     for name, x in given.items():
-        # Of the gradient of what all have, each rank has the part that is of its rows. Over classes the op sums it.
+        # Of the gradient of what all have, each rank has the part that is of its rows or classes.
         placed = zip(sharded, x.placements, strict=True)
-        grads = [Partial() if isinstance(d, int) and p.is_replicate() else p for d, p in placed]
+        grads = [Partial() if d is not None and p.is_replicate() else p for d, p in placed]
         local[name] = x.to_local(grad_placements=grads)
     options = _group_of(op, mesh, sharded, dims, given, arguments) if "group" in arguments else {}
     result = function(**{**arguments, **local, **options})
@@ -199,7 +199,10 @@ def _group_of(
         raise ValueError(f"{op}: {having} takes {takes}; got {got}: redistribute() makes one")
     # As DTensor cuts them: into shards of one size, and what is left for the last ones.
     first_class = min(mesh.get_local_rank(i) * -(-classes // mesh.size(i)), classes)
-    return {"group": mesh.get_group(i)} | ({"first_class": first_class} if "first_class" in arguments else {})
+    group = mesh.get_group(i)
+    if "weight_grad" in arguments:  # whose op would sum the gradient of hidden
+        return {"group": _shards.Apart(group), "first_class": first_class}
+    return {"group": group} | ({"first_class": first_class} if "first_class" in arguments else {})
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

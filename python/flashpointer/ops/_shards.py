@@ -21,6 +21,12 @@ from . import _checks
 _collective = torch.ops._c10d_functional  # PyTorch's, by the names of groups
 
 
+class Apart(NamedTuple):
+    """A group over whose ranks no gradient is summed: a DTensor keeps its parts, Partial, until it is read."""
+
+    group: dist.ProcessGroup
+
+
 def name_of(op: str, group: object, first_class: object = None) -> str | None:
     """The name of a process group of this rank, or None for None.
 

@@ -91,6 +91,9 @@ def linear_zlpr_loss(
     tensors = (hidden, weight, bias, positives, positive_labels)
     if _checks.is_batched(*tensors):
         raise RuntimeError(f"{OP}: torch.func.vmap is not supported; hidden may have any leading dimensions")
+    summed = not isinstance(group, _shards.Apart)
+    if isinstance(group, _shards.Apart):
+        group = group.group
     ranks = _shards.name_of(OP, group, first_class)
     backend = _checks.choose_backend(OP, hidden, weight, bias, positive_labels)
     if hidden.dtype != torch.float64 and _checks.in_autocast(hidden):
@@ -109,8 +112,10 @@ def linear_zlpr_loss(
             )
     shard = _shards.Shard(0, len(weight))
     if group is not None:
-        same_wish = "hidden must require a gradient on all ranks of the group or on none; got"
-        same = {_shards.rows_of("hidden"): hidden.shape[:-1].numel(), same_wish: _register.wants_gradient(hidden)}
+        same = {_shards.rows_of("hidden"): hidden.shape[:-1].numel()}
+        if summed:
+            same_wish = "hidden must require a gradient on all ranks of the group or on none; got"
+            same[same_wish] = _register.wants_gradient(hidden)
         _shards.check_same(OP, same, group, hidden.device)
         shard = _shards.shard_of(OP, first_class, len(weight), group, hidden.device)
     plain = _register._is_plain(tensors)
@@ -121,7 +126,7 @@ def linear_zlpr_loss(
         )
     # What an op of PyTorch's returned, its backward may not write into.
     keep = plain and weight_grad is None and _register.wants_gradient(weight)
-    arguments = (hidden, weight, positives, bias, positive_labels, reduction, ignore_index, ranks, *shard)
+    arguments = (hidden, weight, positives, bias, positive_labels, reduction, ignore_index, ranks, summed, *shard)
     loss: torch.Tensor = _op(*arguments, keep, backend, *([] if weight_grad is None else [weight_grad]))[0]
     return loss
 
@@ -157,7 +162,7 @@ def _wrong_labels(positives: torch.Tensor, labels: torch.Tensor, ignore_index: i
 
 def _compute(
     hidden: torch.Tensor, weight: torch.Tensor, positives: torch.Tensor, bias: torch.Tensor | None,
-    labels: torch.Tensor | None, reduction: str, ignore_index: int, group: str | None, first: int,
+    labels: torch.Tensor | None, reduction: str, ignore_index: int, group: str | None, summed: bool, first: int,
     classes: int | None, keep: bool, backend: str, weight_grad: WeightGrad | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     """The loss, and what backward takes: the listed cells, their exponents, the sums, and E."""
@@ -184,7 +189,7 @@ def _rows_of(hidden: torch.Tensor) -> torch.Tensor:
 
 def _fake(
     hidden: torch.Tensor, weight: torch.Tensor, positives: torch.Tensor, bias: torch.Tensor | None,
-    labels: torch.Tensor | None, reduction: str, ignore_index: int, group: str | None, first: int,
+    labels: torch.Tensor | None, reduction: str, ignore_index: int, group: str | None, summed: bool, first: int,
     classes: int | None, keep: bool, backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
     loss = _rows.fake_loss(hidden, reduction)
@@ -197,7 +202,8 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    hidden, weight, _, bias, labels, ctx.reduction, _, ctx.group, _, _, _, ctx.backend, *weight_grad = inputs
+    hidden, weight, _, bias, labels, ctx.reduction, _, group, summed, _, _, _, ctx.backend, *weight_grad = inputs
+    ctx.sums_over = group if summed else None
     ctx.soft, ctx.weight_grad, ctx.arguments = labels is not None, (*weight_grad, None)[0], len(inputs)
     ctx.mark_non_differentiable(*output[1])
     ctx.set_materialize_grads(False)
@@ -214,7 +220,7 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.T
     hidden, weight, bias, *saved, kept = ctx.saved_tensors
     places = (0, 1, 3)  # of hidden, weight and bias
     wanted = [ctx.needs_input_grad[place] for place in places]
-    arguments = (upstream, hidden, weight, bias, saved, ctx.soft, ctx.reduction, ctx.group, wanted, ctx.backend)
+    arguments = (upstream, hidden, weight, bias, saved, ctx.soft, ctx.reduction, ctx.sums_over, wanted, ctx.backend)
     overwrite = kept.numel() > 0 and not _register.wanted_again(kept, upstream)
     if overwrite or ctx.weight_grad is not None:  # neither of which an op of PyTorch's can
         computed = _compute_backward(*arguments, kept if overwrite else None, ctx.weight_grad)
@@ -227,7 +233,7 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.T
 
 def _compute_backward(
     upstream: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-    saved: list[torch.Tensor], soft: bool, reduction: str, group: str | None, wanted: list[bool], backend: str,
+    saved: list[torch.Tensor], soft: bool, reduction: str, sums_over: str | None, wanted: list[bool], backend: str,
     kept: torch.Tensor | None = None, weight_grad: WeightGrad | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     rows, classes, labels, x, *sums = saved
@@ -240,15 +246,15 @@ def _compute_backward(
             tuple(wanted), weight_grad,
         )  # fmt: skip
     if grad_hidden is not None:
-        if group is not None:
-            grad_hidden = _shards.add_up(grad_hidden, group)
+        if sums_over is not None:
+            grad_hidden = _shards.add_up(grad_hidden, sums_over)
         grad_hidden = grad_hidden.to(hidden.dtype).view(hidden.shape)
     return tuple(x.new_empty(0) if grad is None else grad for grad in (grad_hidden, grad_weight, grad_bias))
 
 
 def _fake_backward(
     upstream: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-    saved: list[torch.Tensor], soft: bool, reduction: str, group: str | None, wanted: list[bool], backend: str,
+    saved: list[torch.Tensor], soft: bool, reduction: str, sums_over: str | None, wanted: list[bool], backend: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     return tuple(
         of.new_empty(of.shape) if want and of is not None else saved[3].new_empty(0)
@@ -258,14 +264,14 @@ def _fake_backward(
 
 _op_backward = _register.register(
     "linear_zlpr_loss_backward(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias, Tensor[] saved, bool soft,"
-    " str reduction, str? group, bool[] wanted, str backend)"
+    " str reduction, str? sums_over, bool[] wanted, str backend)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _compute_backward,
     _fake_backward,
 )
 _op = _register.register(
     "linear_zlpr_loss(Tensor hidden, Tensor weight, Tensor positives, Tensor? bias, Tensor? labels, str reduction,"
-    " int ignore_index, str? group, SymInt first, SymInt? classes, bool keep, str backend)"
+    " int ignore_index, str? group, bool summed, SymInt first, SymInt? classes, bool keep, str backend)"
     " -> (Tensor loss, Tensor[] saved)",
     _compute,
     _fake,
