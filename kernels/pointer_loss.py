@@ -820,7 +820,7 @@ def forward(
             q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters, per_sentence,
             *strides_per_head(q), *strides_per_head(k), *strides(start, 3), *strides(end, 3), *strides(mask, 2),
             *strides(positions, 2), *spans.stride(), *strides(span_labels, 1), tile,
-            BLOCK=block, TOKENS=tokens, COUNTING=count <= COUNTED, num_warps=4, **registers,
+            BLOCK=block, TOKENS=tokens, COUNTING=count <= COUNTED, num_warps=2, **registers,
         )  # fmt: skip
         if count > COUNTED:
             _sort(workspace, span_labels, count)
