@@ -15,6 +15,11 @@ import triton
 import triton.language as tl
 
 PAD = tl.constexpr(64)  # inner tensors are padded to a multiple of so many tokens, which every tile's height divides
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+if TRITON < (3, 4):
+    from .triton_3_3 import mend
+
+    mend()
 
 
 constant = dataclass(frozen=True, eq=False)

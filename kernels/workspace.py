@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cells import PAD, constant, float32_precision, power_of_two
+from .cells import PAD, TRITON, constant, float32_precision, power_of_two
 
 
 @constant
@@ -188,7 +188,8 @@ class Plan(NamedTuple):
 def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule: the largest tiles that no chip spills."""
     if dtype == torch.bfloat16 and vector <= 128:
-        heads = 1 if heads == 1 else min(128, max(16, power_of_two(heads)))
+        most = 128 if TRITON >= LEAN_TRITON else (32 if vector == 128 else 64)
+        heads = 1 if heads == 1 else min(most, max(16, power_of_two(heads)))
         direct_warps = 8 if vector == 128 else 4
         return Plan(
             vector, 64, 64, 16 if vector == 128 else 32, 16, 32, min(64, heads), heads, 4, 2, 4, direct_warps, 3
@@ -202,6 +203,13 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     return Plan(vector, 32, 32, 32, few, 16, heads, heads, 4, combine_warps, 8, 8, 2)
 
 
+def halved(rule: Plan, vector: int) -> Plan:
+    """For a compiler that keeps more in registers."""
+    chunk = 32 if vector == 256 else rule.chunk
+    return rule._replace(chunk=chunk, bm=rule.bm // 2, bn=rule.bn // 2, back_bm=16, few=16)
+
+
+LEAN_TRITON = (3, 5)  # older ones hold both halves of what tf32x3 multiplies, and on AMD's chips more of everything
 # Shorter ones would save little, for heads and latency decide; and what spills at 32 need not at 64.
 LEAST_VECTOR = 64
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -214,6 +222,8 @@ def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, h
     if hip:  # where a warp is twice as wide, and shared memory 64 KiB
         stages = 2 if vector == 128 else rule.stages
         rule = rule._replace(num_warps=4, back_warps=4, direct_warps=4, stages=stages)
+    if TRITON < LEAN_TRITON and (hip or dtype == torch.float32):
+        rule = halved(rule, vector)
     precision = float32_precision()
     if dtype == torch.float16 and precision == "tf32x3":
         precision = "tf32"  # which has all the digits of float16

@@ -19,7 +19,7 @@ from typing import IO
 ROOT = Path(__file__).parent.parent
 NOTHING_SELECTED = 5
 # Of each minor version that the package takes the newest one.
-TRITONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
+TRITONS = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
 # Processes beside the first, which has the rest without the interpreter.

@@ -40,9 +40,9 @@ def test_without_triton_a_gpu_is_served_by_tiles(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_triton
-@pytest.mark.parametrize("version", ["3.3.1", "2.3.1", "3.2.0+git4b3bb1f8"])
+@pytest.mark.parametrize("version", ["3.2.0", "2.3.1", "3.2.0+git4b3bb1f8"])
 def test_an_old_triton_is_not_used(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, reason = torch.device("cuda"), f"Triton {version} is installed, and the kernels need 3.4 or later"
+    gpu, reason = torch.device("cuda"), f"Triton {version} is installed, and the kernels need 3.3 or later"
     monkeypatch.setattr(backends.metadata, "version", {"triton": version}.__getitem__)
     monkeypatch.setattr(backends, "_NO_TRITON", backends._why_no_triton())
     assert backends.explain(gpu, torch.float32) == ("tiled", reason)
@@ -51,7 +51,7 @@ def test_an_old_triton_is_not_used(version: str, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_triton
-@pytest.mark.parametrize("version", ["3.4.0", "3.10.0", "4.0.0+gitf9cdf582", None])
+@pytest.mark.parametrize("version", ["3.3.0", "3.10.0", "4.0.0+gitf9cdf582", None])
 def test_a_new_triton_is_used(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(distribution: str) -> str:
         if version is None or distribution != "pytorch-triton":  # as that of a nightly PyTorch is called
