@@ -32,6 +32,7 @@ from flashpointer.problem import Problem
 
 from .cells import (
     PAD,
+    TRITON,
     Bias,
     Shape,
     Tokens,
@@ -297,13 +298,13 @@ def sweep_kernel(
         of_k = of_q + tl.cast(groups, tl.int64) * shape.padded * tile.VECTOR
         at = tl.cast(i, tl.int64) * length
         if role < parts:
-            matrix = Matrix(grad, stride_gm, stride_gn, size, kept)
-            d, sums = sweep(matrix, of_k + part, first, columns, shape, tile, False)
+            along = Matrix(grad, stride_gm, stride_gn, size, kept)
+            d, sums = sweep(along, of_k + part, first, columns, shape, tile, False)
             store_turned_back(d_q + at * tile.SIZE, d * scale, token, part, angles, length, tile)
             store_sums(d_start, at, sums, token, part, length, tile)
         else:
-            matrix = Matrix(grad, stride_gn, stride_gm, size, kept)
-            d, sums = sweep(matrix, of_q + part, first, rows, shape, tile, True)
+            across = Matrix(grad, stride_gn, stride_gm, size, kept)
+            d, sums = sweep(across, of_q + part, first, rows, shape, tile, True)
             store_turned_back(d_k + at * tile.SIZE, d * scale, token, part, angles, length, tile)
             store_sums(d_end, at, sums, token, part, length, tile)
     else:
@@ -338,9 +339,10 @@ def plan(vector: int, heads: int, dtype: torch.dtype, even: bool = True) -> Plan
     that no chip spills. Of a gradient whose rows are not even each cell needs an address, in registers."""
     heads = 1 if heads == 1 else 8
     part = min(64 if heads == 1 or dtype == torch.float32 else 128, vector)
+    stages = 2 if TRITON < (3, 4) and heads == 1 else 3  # with 3 it spills there
     if dtype == torch.float32:
-        return Plan(32, 16 if vector > 64 else min(32, vector), part, heads, 4, 3)
-    return Plan(64 if even or heads > 1 else 32, min(128, vector), part, heads, 4, 3)
+        return Plan(32, 16 if vector > 64 else min(32, vector), part, heads, 4, stages)
+    return Plan(64 if even or heads > 1 else 32, min(128, vector), part, heads, 4, stages)
 
 
 @cache
