@@ -215,8 +215,7 @@ def number_kernel(
     for before in range(0, per_row):
         earlier = (j < count) & (before < j % per_row)
         at = m * stride_r + tl.cast(before, tl.int64) * stride_p
-        other = tl.load(positives + at, mask=earlier, other=0)
-        live = live & ~(earlier & (other == n))
+        live = live & (tl.load(positives + at, mask=earlier, other=-1) != n)  # a live n is at least 0
     number = (n - first) // BN * of_rows + m // BM
     tl.store(numbers + j, tl.where(live, number, tiles), mask=j < count)
 

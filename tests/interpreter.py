@@ -24,6 +24,8 @@ def compute_as_chips() -> None:
     builder.create_fadd = _fma(builder.create_fadd, 1.0)
     builder.create_fsub = _fma(builder.create_fsub, -1.0)
     builder.create_dot = _tf32x3(builder.create_dot)
+    if not hasattr(builder, "get_int1_ty"):  # in Triton 3.3
+        builder.get_int1_ty = lambda self: tl.int1
     patched: set[frozenset[str]] = set()
     GridExecutor.__call__ = _launch(GridExecutor.__call__, patched)
     interpreter._patch_lang = _once(interpreter._patch_lang, patched)
