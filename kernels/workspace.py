@@ -185,6 +185,9 @@ class Plan(NamedTuple):
     stages: int
 
 
+LEAN_TRITON = (3, 5)  # older ones hold both halves of what tf32x3 multiplies, and on AMD's chips more of everything
+
+
 def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule: the largest tiles that no chip spills."""
     if dtype == torch.bfloat16 and vector <= 128:
@@ -204,12 +207,11 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
 
 
 def halved(rule: Plan, vector: int) -> Plan:
-    """For a compiler that keeps more in registers."""
+    """For a compiler that is not lean."""
     chunk = 32 if vector == 256 else rule.chunk
     return rule._replace(chunk=chunk, bm=rule.bm // 2, bn=rule.bn // 2, back_bm=16, few=16)
 
 
-LEAN_TRITON = (3, 5)  # older ones hold both halves of what tf32x3 multiplies, and on AMD's chips more of everything
 # Shorter ones would save little, for heads and latency decide; and what spills at 32 need not at 64.
 LEAST_VECTOR = 64
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
