@@ -292,10 +292,11 @@ def listed_kernel(
 
 @triton.jit
 def put_kernel(
-    out, listed_rows, listed_classes, x, m_p, ratios, bounds, first_class, width, of_rows,
-    BN: tl.constexpr, LANES: tl.constexpr,
+    out, listed_rows, listed_classes, labels, x, m_p, ratios, l_n, bounds, first_class, width, of_rows,
+    LIFT: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Of the listed cells of BN classes to a program, in a block [R, width]: what is there less the positives' part."""
+    """Of the listed cells of BN classes to a program, in a block [R, width]: what is there less the positives' part. Of
+    a label between 0 and 1 what is there is computed again: the two may cancel, and in ``out`` it was rounded."""
     tile_n = first_class // BN + tl.program_id(0)
     stop = tl.load(bounds + (tile_n + 1).to(tl.int64) * of_rows)
     for first in range(tl.load(bounds + tile_n.to(tl.int64) * of_rows), stop, LANES):
@@ -303,9 +304,16 @@ def put_kernel(
         m = tl.load(listed_rows + i, mask=i < stop, other=0)
         n = tl.load(listed_classes + i, mask=i < stop, other=0)
         at = out + m * width + n - first_class
-        of_cell = tl.load(x + i, mask=i < stop, other=0.0) - tl.load(m_p + m, mask=i < stop, other=0.0)
-        positive = tl.exp(of_cell) * tl.load(ratios + m, mask=i < stop, other=0.0)
+        log_t = tl.load(x + i, mask=i < stop, other=0.0)  # less the score
+        positive = tl.exp(log_t - tl.load(m_p + m, mask=i < stop, other=0.0))
+        positive *= tl.load(ratios + m, mask=i < stop, other=0.0)
         e = tl.load(at, mask=i < stop, other=0.0).to(tl.float32)
+        if labels is not None:
+            t = tl.load(labels + i, mask=i < stop, other=1.0).to(tl.float32)
+            partly = (t > 0.0) & (t < 1.0) & (log_t > float("-inf"))
+            log_rest = tl.log(tl.where(partly, t * (1.0 - t), 1.0))
+            rest = exp(log_rest - log_t - tl.load(l_n + m, mask=i < stop, other=0.0), True) * 2.0**LIFT
+            e = tl.where(partly, rest, e)
         tl.store(at, (e - positive).to(out.dtype.element_ty), mask=i < stop)
 
 
@@ -620,8 +628,8 @@ def fill_block(
         launch_exponentials(layer, range(kept_rows, rows), classes, (g, rows, 0), scales.l_n)
     if len(cells.rows) > 0:
         put_kernel[(tiles,)](
-            g, cells.rows, cells.classes, *positives, scales.ratios, layer.bounds, classes.start, width,
-            -(-rows // rule.bm), BN=rule.bn, LANES=LANES, num_warps=4,
+            g, *cells, *positives, scales.ratios, scales.l_n, layer.bounds, classes.start, width,
+            -(-rows // rule.bm), LIFT=layer.tile.LIFT.value, BN=rule.bn, LANES=LANES, num_warps=4,
         )  # fmt: skip
 
 

@@ -55,8 +55,29 @@ def layer(
 
 def agree(inputs: dict[str, Any], upstream: torch.Tensor | None = None) -> None:
     names = tuple(name for name in LAYER if inputs.get(name) is not None)
+    rounding = rounding_of_cells(inputs, upstream)
     for result in compare(OP, inputs, differentiate=names, upstream=upstream):
-        assert result.ok, result
+        assert result.error <= result.allowed + rounding.get(result.what, 0.0), result
+
+
+def rounding_of_cells(inputs: dict[str, Any], upstream: torch.Tensor | None) -> dict[str, float]:
+    """Half-precision products read each cell's exponential rounded, and its gradient again. Cells that cancel leave of
+    a gradient less than of that."""
+    if inputs["hidden"].dtype not in (torch.float16, torch.bfloat16):
+        return {}
+    exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    hidden, weight, bias = exact.pop("hidden"), exact.pop("weight"), exact.pop("bias", None)
+    scores = hidden @ weight.t() + (0.0 if bias is None else bias)
+    layer = {"hidden": scores, "weight": torch.eye(len(weight), dtype=scores.dtype, device=scores.device)}
+    of_scores = run(fp.reference.linear_zlpr_loss, layer | exact, ("hidden",), upstream)[1].flatten(0, -2)  # [R, C]
+    rows = hidden.flatten(0, -2)
+
+    def parts(g: torch.Tensor, h: torch.Tensor, w: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"hidden": g @ w, "weight": g.t() @ h, "bias": g.sum(0)}
+
+    sums, sizes = parts(of_scores, rows, weight), parts(of_scores.abs(), rows.abs(), weight.abs())
+    eps = torch.finfo(inputs["hidden"].dtype).eps
+    return {name: eps * (sizes[name].norm() / sums[name].norm()).item() for name in LAYER}
 
 
 def gradients(inputs: dict[str, Any], upstream: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -110,6 +131,20 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 @given(inputs=problems())
 def test_any_layer_agrees(place: Place, inputs: dict[str, Any]) -> None:
     agree({k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+
+
+@pytest.mark.parametrize("shift", [-0.05, -0.01, 0.003, 0.02])
+def test_a_soft_label_whose_terms_cancel(place: Place, dtype: torch.dtype, shift: float) -> None:
+    """At a score of 0 those of 1/2 do; near it a term that was rounded first would leave few digits."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        pytest.skip("rounded to its own precision")
+    inputs = layer(1, 4, 1, 1, dtype, place.device)
+    inputs |= {"hidden": torch.ones(1, 4, dtype=dtype, device=place.device), "bias": None}
+    inputs["weight"] = torch.full((1, 4), shift / 4, dtype=dtype, device=place.device)
+    inputs["positives"] = torch.zeros(1, 1, dtype=torch.int64, device=place.device)
+    inputs["positive_labels"] = torch.full((1, 1), 0.5, device=place.device)
+    for result in compare(OP, inputs, differentiate=("hidden", "weight")):
+        assert result.ok, result
 
 
 @pytest.mark.parametrize("soft", [False, True])
