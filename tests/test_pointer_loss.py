@@ -111,17 +111,19 @@ def test_real_sizes(place: Place, shape: tuple[int, int, int, int], shared: bool
 
 
 @pytest.mark.parametrize("size", [20, 130])
-def test_tiles_for_an_older_triton(place: Place, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_for_an_older_triton(
+    place: Place, size: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """They are smaller, in float32."""
     if place.backend != "triton":
         pytest.skip("of kernels")
     workspace = importlib.import_module("flashpointer.kernels.workspace")
     monkeypatch.setattr(workspace, "TRITON", (3, 4))
     workspace.tile_of.cache_clear()
+    request.addfinalizer(workspace.tile_of.cache_clear)
     _, tile = workspace.tile_of(size, 9, torch.float32, True, True, False)
     assert tile.BM.value == tile.BN.value == tile.BACK_BM.value == 16
     agree(problem((1, 9, 40, size), device=place.device))
-    workspace.tile_of.cache_clear()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
