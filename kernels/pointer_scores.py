@@ -118,9 +118,9 @@ def scores_kernel(
     inside = (m < length)[:, None] & (n < length)[None, :]
     h_first = tl.program_id(1) * tile.HEADS
     h_stop = tl.minimum(h_first + tile.HEADS, heads)
-    at = (m.to(tl.int64) * length)[:, None] + n[None, :]  # [BM, BN]
     plane = tl.cast(length, tl.int64) * length
-    scores += tl.cast(i, tl.int64) * heads * plane
+    scores += tl.cast(i, tl.int64) * heads * plane + tl.cast(m_first, tl.int64) * length + n_first
+    at = (tl.arange(0, tile.BM) * length)[:, None] + tl.arange(0, tile.BN)[None, :]  # [BM, BN], of few rows: in int32
     nothing = tl.full([tile.BM, tile.BN], float("-inf"), scores.dtype.element_ty)
     if alive:
         valid = kept_m[:, None] & kept_n[None, :]
