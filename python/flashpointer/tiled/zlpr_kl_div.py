@@ -12,6 +12,10 @@ import torch
 
 from ._tiles import column_tiles, computing, computing_dtype, one_tile, row_tiles, small_on_one_thread
 
+# Whatever goes over a tile costs the time that its memory takes, so that two operations in one save half of it.
+times_slope = torch.ops.aten.sigmoid_backward.grad_input  # (x, f) -> x f (1 - f), the slope of a sigmoid f
+scaled_difference = torch.ops.aten.mse_loss_backward.grad_input  # (z, x, y, 2) -> 2 z (x - y)
+
 
 def forward(scores: torch.Tensor, other: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """As ``kernels.zlpr_kl_div.forward``; float64 scores have a float64 divergence."""
@@ -48,23 +52,35 @@ def forward_with_gradients(
     their sum, empty where not needed."""
     needed = need_scores, need_other
     if one_tile(scores, mask):
-        losses, grads = _tile(scores, other, None, grad_scale, needed)
-        of_scores, of_other = (grad if grad.dtype == scores.dtype else grad.to(scores.dtype) for grad in grads)
+        losses, *made = _tile(scores, other, None, grad_scale, needed)
+        if not all(needed):
+            nothing = scores.new_empty(0)
+            made = [grad if need else nothing for grad, need in zip(made, needed, strict=True)]
+        of_scores, of_other = (grad if grad.dtype == scores.dtype else grad.to(scores.dtype) for grad in made)
         return losses, of_scores, of_other
-    grads = [
+    of_scores, of_other = grads = [
         torch.empty(x.shape if need else 0, dtype=x.dtype, device=x.device)
         for x, need in zip((scores, other), needed, strict=True)
     ]
     outer, inner, classes = scores.shape
     losses = torch.zeros((outer, inner), dtype=computing_dtype(scores.dtype), device=scores.device)
-    work: list[torch.Tensor] = []
+    in_place = [need and scores.dtype == losses.dtype for need in needed]
+    buffers: Sequence[torch.Tensor] = ()
     for o, rows in row_tiles(outer, inner, classes):
         for columns in column_tiles(classes):
-            s, t, *outs = (x[o, rows, columns] if x.dim() == 3 else x for x in (scores, other, *grads))
+            s, t = (x[o, rows, columns] for x in (scores, other))
             left_in = None if mask is None else mask[o, rows, columns]
-            of_tile, _ = _tile(s, t, left_in, grad_scale, needed, outs, work)
+            if not buffers or buffers[0].shape != s.shape:
+                buffers = losses.new_empty((4 - sum(in_place), *s.shape)).unbind()
+            spare = iter(buffers)
+            outs = [grad[o, rows, columns] if need else None for grad, need in zip(grads, needed, strict=True)]
+            places = [out if here else next(spare) for out, here in zip(outs, in_place, strict=True)]
+            of_tile, *made = _tile(s, t, left_in, grad_scale, needed, (*places, *spare))
             losses[o, rows].add_(of_tile)
-    return losses, grads[0], grads[1]
+            for out, grad in zip(outs, made, strict=True):
+                if out is not None and out is not grad:
+                    out.copy_(grad)
+    return losses, of_scores, of_other
 
 
 def _tile(
@@ -73,42 +89,26 @@ def _tile(
     left_in: torch.Tensor | None,
     grad_scale: float,
     needed: tuple[bool, bool],
-    outs: Sequence[torch.Tensor | None] = (None, None),
-    work: list[torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The losses of a tile [..., C]; and its gradients, in ``outs``, or new and in the computing dtype. ``work`` is
-    a list of buffers, for tile after tile."""
+    places: Sequence[torch.Tensor | None] = (None, None, None, None),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses of a tile [..., C]; and its gradients, where needed. Sigmoids become these in place, for what is
+    written less often stays in cache: in the first two of ``places``, if they are there; the others are for work."""
+    of_s, of_t, of_distance, of_gap = places
     s, t = computing(s).contiguous(), computing(t).contiguous()  # else sigmoid has other last bits
-    # Sigmoids stand where the gradients will: what is written less often stays in cache.
-    in_place = [need and out is not None and out.dtype == s.dtype for need, out in zip(needed, outs, strict=True)]
-    kept = any(needed)  # the sigmoids, for gradients
-    buffers: list[torch.Tensor | None] = [None] * 5
-    if work is not None:
-        if not work or work[0].shape != s.shape:
-            work[:] = s.new_empty((1 + 2 * kept + 2 - sum(in_place), *s.shape)).unbind()
-        buffers = list(work)
-    of_s, of_t = (out if here else buffers.pop() for out, here in zip(outs, in_place, strict=True))
     if left_in is not None or s.device.type != "cpu":
         s, t = _cleared(s, t, left_in)
     f_s, f_t = torch.sigmoid(s, out=of_s), torch.sigmoid(t, out=of_t)
-    gap = torch.sub(f_s, f_t, out=buffers.pop() if kept else f_s)
-    distance = torch.sub(s, t, out=buffers.pop())
-    losses = torch.mul(gap, distance, out=buffers.pop() if kept else f_t).sum(-1)
+    distance = torch.sub(s, t, out=of_distance)
+    gap = torch.sub(f_t, f_s, out=of_gap if any(needed) else f_s)
+    half_scale = s.new_full((), grad_scale / 2) if any(needed) else None
+    if needed[0]:
+        scaled_difference(half_scale, times_slope(distance, f_s, grad_input=f_s), gap, 2, grad_input=f_s)
+    if needed[1]:
+        scaled_difference(half_scale, gap, times_slope(distance, f_t, grad_input=f_t), 2, grad_input=f_t)
+    losses = distance.mul_(gap).sum(-1).neg_()
     if left_in is None and s.device.type == "cpu" and not math.isfinite(losses.sum()):  # -inf - -inf is NaN
-        return _tile(s, t, torch.ones_like(s, dtype=torch.bool), grad_scale, needed, outs, work)
-    if grad_scale != 1.0 and kept:
-        gap.mul_(grad_scale)
-    grads = []
-    for sign, f, need, out in zip((1, -1), (f_s, f_t), needed, outs, strict=True):
-        if need:
-            slope = f.addcmul_(f, f, value=-1)  # f - f * f
-            torch.addcmul(gap, slope, distance, value=grad_scale, out=f)
-            if sign < 0:
-                f.neg_()
-            if out is not None and f is not out:
-                out.copy_(f)
-        grads.append(f if need else f.new_empty(0))
-    return losses, grads
+        return _tile(s, t, torch.ones_like(s, dtype=torch.bool), grad_scale, needed, places)
+    return losses, f_s, f_t
 
 
 def _cleared(s: torch.Tensor, t: torch.Tensor, left_in: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
