@@ -188,6 +188,9 @@ def multiply_tile(q_m, group, m_first, n_first, shape, tile):
     n = n_first + tl.arange(0, tile.BN)
     k_n = load_vectors(group.k, n_first, tile.BN, tile.VECTOR)
     x = multiply(q_m, k_n, tile) * group.scale  # [BM, BN]
+    # Where nothing stands between product and sum CUDA 12.9's assembler contracts them for sm_100, though told not to.
+    if not tile.TRIL and shape.max_width is None:
+        x = tl.where((n < shape.padded)[None, :], x, float("-inf"))
     return keep_valid(x, m[:, None], n[None, :], float("-inf"), shape.max_width, tile.TRIL)
 
 

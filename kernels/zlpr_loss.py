@@ -178,7 +178,7 @@ def load_cells(row, col, stop, LABELS: tl.constexpr):
         if LABELS == "integer":
             s = tl.where(t == -100, float("-inf"), s)
             s = tl.where((s == float("-inf")) | (t == 0) | (t == 1), s, float("nan"))
-        positive = (t != 0) & (s != float("-inf"))
+        positive = (t != 0) & (s > float("-inf"))
         return Hard(tl.where(positive, float("-inf"), s), tl.where(positive, s, float("inf")))
 
 
