@@ -16,6 +16,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+DEPTH = 16  # products to a sum of a matrix unit
+
 
 def compute_as_chips() -> None:
     """From now on, in this process."""
@@ -23,7 +25,7 @@ def compute_as_chips() -> None:
     builder.create_fmul = _product(builder.create_fmul)
     builder.create_fadd = _fma(builder.create_fadd, 1.0)
     builder.create_fsub = _fma(builder.create_fsub, -1.0)
-    builder.create_dot = _tf32x3(builder.create_dot)
+    builder.create_dot = _dot(builder.create_dot)
     if not hasattr(builder, "get_int1_ty"):  # in Triton 3.3
         builder.get_int1_ty = lambda self: tl.int1
     patched: set[frozenset[str]] = set()
@@ -99,15 +101,26 @@ def _tf32(x: np.ndarray) -> np.ndarray:
     return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def _tf32x3(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray | float = 0.0) -> np.ndarray:
+    """As a matrix unit: sums of DEPTH products, exact but for the rounding of each of these to float32. NumPy's own
+    depend on the shape, so that a score would have other last bits in another tile."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for k in range(0, a.shape[-1], DEPTH):
+        acc = (a[..., k : k + DEPTH] @ b[..., k : k + DEPTH, :] + acc).astype(np.float32)
+    return acc
+
+
+def _dot(plain: Callable[..., Any]) -> Callable[..., Any]:
     def dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, *more: Any) -> Any:
-        if input_precision.name != "TF32x3" or a.data.dtype != np.float32:
+        if acc.data.dtype != np.float32:
             return plain(self, a, b, acc, input_precision, *more)
-        a, b = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data)
-        a_big, b_big = _tf32(a), _tf32(b)
         with np.errstate(all="ignore"):
-            small = (a - a_big) @ b_big + a_big @ (b - b_big)
+            if a.data.dtype != np.float32 or input_precision.name != "TF32x3":
+                return TensorHandle(_multiply(a.data, b.data, acc.data), acc.dtype.scalar)
+            a, b = np.ascontiguousarray(a.data), np.ascontiguousarray(b.data)
+            a_big, b_big = _tf32(a), _tf32(b)
+            small = _multiply(a_big, b - b_big, _multiply(a - a_big, b_big))
             small[np.isnan(small)] = 0.0  # so does Triton, for inf has no small part
-            return TensorHandle(acc.data + (small + a_big @ b_big), acc.dtype.scalar)
+            return TensorHandle(_multiply(a_big, b_big, small) + acc.data, acc.dtype.scalar)
 
     return dot
