@@ -188,11 +188,17 @@ class Plan(NamedTuple):
 LEAN_TRITON = (3, 5)  # older ones hold both halves of what tf32x3 multiplies, and on AMD's chips more of everything
 
 
+def most_heads(vector: int) -> int:
+    """To a program, in bfloat16: as many as no chip spills of what each version of Triton makes."""
+    if TRITON < LEAN_TRITON:
+        return 32 if vector == 128 else 64
+    return 64 if vector == 128 and TRITON >= (3, 8) else 128
+
+
 def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
     """The launch parameters, by rule: the largest tiles that no chip spills."""
     if dtype == torch.bfloat16 and vector <= 128:
-        most = 128 if TRITON >= LEAN_TRITON else (32 if vector == 128 else 64)
-        heads = 1 if heads == 1 else min(most, max(16, power_of_two(heads)))
+        heads = 1 if heads == 1 else min(most_heads(vector), max(16, power_of_two(heads)))
         direct_warps = 8 if vector == 128 else 4
         return Plan(
             vector, 64, 64, 16 if vector == 128 else 32, 16, 32, min(64, heads), heads, 4, 2, 4, direct_warps, 3
@@ -209,7 +215,7 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
 def halved(rule: Plan, vector: int) -> Plan:
     """For a compiler that is not lean."""
     chunk = 32 if vector == 256 else rule.chunk
-    return rule._replace(chunk=chunk, bm=rule.bm // 2, bn=rule.bn // 2, back_bm=16, few=16)
+    return rule._replace(chunk=chunk, bm=rule.bm // 2, bn=rule.bn // 2, back_bm=16, few=16, combine_warps=2)
 
 
 # Shorter ones would save little, for heads and latency decide; and what spills at 32 need not at 64.
@@ -223,7 +229,8 @@ def tile_of(size: int, heads: int, dtype: torch.dtype, tril: bool, rope: bool, h
     rule = plan(vector, heads, dtype)
     if hip:  # where a warp is twice as wide, and shared memory 64 KiB
         stages = 2 if vector == 128 else rule.stages
-        rule = rule._replace(num_warps=4, back_warps=4, direct_warps=4, stages=stages)
+        chunk = min(128, rule.chunk)
+        rule = rule._replace(chunk=chunk, num_warps=4, back_warps=4, direct_warps=4, stages=stages)
     if TRITON < LEAN_TRITON and (hip or dtype == torch.float32):
         rule = halved(rule, vector)
     precision = float32_precision()
