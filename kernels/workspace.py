@@ -215,7 +215,10 @@ def plan(vector: int, heads: int, dtype: torch.dtype) -> Plan:
 def halved(rule: Plan, vector: int) -> Plan:
     """For a compiler that is not lean."""
     chunk = 32 if vector == 256 else rule.chunk
-    return rule._replace(chunk=chunk, bm=rule.bm // 2, bn=rule.bn // 2, back_bm=16, few=16, combine_warps=2)
+    combine_warps = 2 if vector == 128 else rule.combine_warps
+    return rule._replace(
+        chunk=chunk, bm=rule.bm // 2, bn=rule.bn // 2, back_bm=16, few=16, combine_warps=combine_warps
+    )  # fmt: skip
 
 
 # Shorter ones would save little, for heads and latency decide; and what spills at 32 need not at 64.
