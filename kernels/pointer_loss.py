@@ -810,7 +810,7 @@ def forward(
     planes = padded_heads(of_group, rule.back_heads)
     mask = None if problem.mask is None else problem.mask.view(torch.uint8)
     positions = problem.positions if problem.rope else None
-    block = 128 if length <= 128 else 256 * rule.combine_warps
+    block = 128 if length <= 128 else 256 * rule.combine_warps  # rows at a time, of which a thread has 8
     tokens = max(1, min(PAD.value, TURNED // tile.VECTOR.value))
     each = SORTED.value if count <= COUNTED else LANES.value
     sorters, listers = (count + each - 1) // each, _listers(sizes)

@@ -189,7 +189,7 @@ LEAN_TRITON = (3, 5)  # older ones hold both halves of what tf32x3 multiplies, a
 
 
 def most_heads(vector: int) -> int:
-    """To a program, in bfloat16: as many as no chip spills of what each version of Triton makes."""
+    """To a program, in bfloat16: the most with which no chip spills, by the version of Triton."""
     if TRITON < LEAN_TRITON:
         return 32 if vector == 128 else 64
     return 64 if vector == 128 and TRITON >= (3, 8) else 128
