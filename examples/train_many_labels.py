@@ -191,6 +191,8 @@ def main() -> None:
             found = ", ".join(f"{name} {value:.3f}" for name, value in evaluate(encoder, head, dev, **shard).items())
             if rank == 0:
                 print(f"step {step}, {1e3 * spent:.0f} ms each: {found}")
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

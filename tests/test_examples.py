@@ -590,11 +590,14 @@ def test_r_drop_and_mixup_are_those_of_their_formulas(monkeypatch: pytest.Monkey
 
 # --- very many labels ----------------------------------------------------------------------------------------------
 
+# The end is as in processes.py, and for its reason.
 FEW = """
-import functools, sys
+import functools, os, sys
 import synthetic, train_many_labels
 train_many_labels.read = functools.partial(synthetic.many_labels, labels=601, train=2000, dev=200)
 train_many_labels.main()
+sys.stdout.flush()
+os._exit(0)
 """
 
 
