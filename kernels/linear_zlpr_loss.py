@@ -296,7 +296,8 @@ def put_kernel(
     LIFT: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Of the listed cells of BN classes to a program, in a block [R, width]: what is there less the positives' part. Of
-    a label between 0 and 1 what is there is computed again: the two may cancel, and in ``out`` it was rounded."""
+    a label between 0 and 1 the two may cancel: what was rounded to half precision is computed again. From log t - s it
+    gets s to half a digit of log t, so that in float32 it stays what it is."""
     tile_n = first_class // BN + tl.program_id(0)
     stop = tl.load(bounds + (tile_n + 1).to(tl.int64) * of_rows)
     for first in range(tl.load(bounds + tile_n.to(tl.int64) * of_rows), stop, LANES):
@@ -308,7 +309,7 @@ def put_kernel(
         positive = tl.exp(log_t - tl.load(m_p + m, mask=i < stop, other=0.0))
         positive *= tl.load(ratios + m, mask=i < stop, other=0.0)
         e = tl.load(at, mask=i < stop, other=0.0).to(tl.float32)
-        if labels is not None:
+        if (labels is not None) & (out.dtype.element_ty != tl.float32):
             t = tl.load(labels + i, mask=i < stop, other=1.0).to(tl.float32)
             partly = (t > 0.0) & (t < 1.0) & (log_t > float("-inf"))
             log_rest = tl.log(tl.where(partly, t * (1.0 - t), 1.0))

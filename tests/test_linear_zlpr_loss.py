@@ -149,6 +149,16 @@ def test_a_soft_label_whose_terms_cancel(place: Place, dtype: torch.dtype, shift
         assert result.ok, result
 
 
+def test_a_tiny_label_of_the_largest_class(place: Place, dtype: torch.dtype) -> None:
+    """Its logarithm, near -80, takes no digits of the score."""
+    for _ in range(12):
+        inputs = {**layer(1, 5, 26, 1, dtype, place.device), "bias": None}
+        scores = inputs["hidden"].double() @ inputs["weight"].double().t()
+        inputs["positives"] = scores.argmax(-1, keepdim=True)
+        inputs["positive_labels"] = torch.full((1, 1), 1e-34, device=place.device)
+        agree(inputs)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_gradcheck(soft: bool) -> None:
     inputs = layer(9, 4, 70, dtype=torch.float64)
