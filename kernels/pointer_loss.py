@@ -166,14 +166,14 @@ def prepare_head(group, inputs, h, shape, tile, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=PER_BATCH)
 def prepare_kernel(
     q, k, start, end, mask, positions, spans, span_labels, workspace,
-    own_heads, groups, heads, length, count, n_bits, h_bits, max_width, sign, sorters, per_sentence,
+    own_heads, groups, heads, length, count, n_bits, h_bits, max_width, padded_heads, sign, sorters, per_sentence,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_sb, stride_sh, stride_sn, stride_eb, stride_eh, stride_en, stride_mb, stride_mn, stride_pb, stride_pn,
     stride_ls, stride_lc, stride_t,
     tile: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, COUNTING: tl.constexpr,
 ):  # fmt: skip
     """SORTED spans to a program, or LANES left unsorted; or TOKENS tokens of q and of k; or a head of a group."""
-    shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
+    shape = Shape(groups, heads, length, padded_heads, up_to(length, PAD), max_width)
     at = tl.program_id(0) - sorters
     tiles = shape.padded // TOKENS
     head = at - groups * tiles
@@ -377,11 +377,11 @@ def share_listed(group, spans, within, h, l_n, l_p, shape):
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def combine_kernel(
-    workspace, losses, groups, heads, length, count, n_bits, h_bits, max_width, scale,
+    workspace, losses, groups, heads, length, count, n_bits, h_bits, max_width, padded_heads, scale,
     tile: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A head of a group to a program; losses [groups, heads]."""
-    shape = Shape(groups, heads, length, up_to(heads, tile.BACK_HEADS), up_to(length, PAD), max_width)
+    shape = Shape(groups, heads, length, padded_heads, up_to(length, PAD), max_width)
     h = tl.program_id(0) % heads
     group = open_group(workspace, count, tl.program_id(0) // heads, scale, shape, tile)
     spans = open_spans(workspace, count, n_bits, h_bits)
@@ -803,9 +803,9 @@ def forward(
         return losses.zero_(), Saved(saved.workspace.zero_(), shape)
     workspace, sizes, (scale, sign) = saved.workspace, _sizes(shape, problem), _scale(problem)
     _, groups, of_group, length, count, *_ = sizes
-    rule, tile = tile_of(
-        q.shape[-1], of_group, q.dtype, problem.tril_mask, problem.rope, torch.version.hip is not None
-    )  # fmt: skip
+    kind = q.dtype, problem.tril_mask, problem.rope, torch.version.hip is not None
+    rule, tile = tile_of(q.shape[-1], of_group, *kind)
+    _, tile_of_one = tile_of(q.shape[-1], 1, *kind)  # takes one head at a time: compiled once for all numbers of heads
     padded = (length + PAD.value - 1) // PAD.value * PAD.value
     planes = padded_heads(of_group, rule.back_heads)
     mask = None if problem.mask is None else problem.mask.view(torch.uint8)
@@ -817,9 +817,10 @@ def forward(
     registers = all_registers()
     with torch.cuda.device_of(q):
         prepare_kernel[(sorters + groups * (padded // tokens + of_group),)](
-            q, k, start, end, mask, positions, spans, span_labels, workspace, *sizes, sign, sorters, per_sentence,
-            *strides_per_head(q), *strides_per_head(k), *strides(start, 3), *strides(end, 3), *strides(mask, 2),
-            *strides(positions, 2), *spans.stride(), *strides(span_labels, 1), tile,
+            q, k, start, end, mask, positions, spans, span_labels, workspace,
+            *sizes, planes, sign, sorters, per_sentence, *strides_per_head(q), *strides_per_head(k),
+            *strides(start, 3), *strides(end, 3), *strides(mask, 2), *strides(positions, 2),
+            *spans.stride(), *strides(span_labels, 1), tile_of_one,
             BLOCK=block, TOKENS=tokens, COUNTING=count <= COUNTED, num_warps=2, **registers,
         )  # fmt: skip
         if count > COUNTED:
@@ -829,7 +830,7 @@ def forward(
             num_warps=rule.num_warps, num_stages=rule.stages, **registers,
         )  # fmt: skip
         combine_kernel[(groups * of_group,)](
-            workspace, losses, *sizes[1:], scale, tile,
+            workspace, losses, *sizes[1:], planes, scale, tile_of_one,
             BLOCK=block, num_warps=1 if block == 128 else rule.combine_warps, **registers,
         )  # fmt: skip
     return losses, saved
