@@ -25,8 +25,8 @@ TRITONS = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 # Processes beside the first, which has the rest without the interpreter.
 BESIDE = {
     "With Triton's interpreter": {"TESTED": "rest", "TRITON_INTERPRET": "1"},
-    "Compiled for sm_80 and gfx942": {"TESTED": "sm_80 gfx942", "TRITON_INTERPRET": "0"},
-    "Compiled for sm_90 and sm_100": {"TESTED": "sm_90 sm_100", "TRITON_INTERPRET": "0"},
+    "Compiled for sm_80 and sm_100": {"TESTED": "sm_80 sm_100", "TRITON_INTERPRET": "0"},
+    "Compiled for sm_90 and gfx942": {"TESTED": "sm_90 gfx942", "TRITON_INTERPRET": "0"},
 }
 
 

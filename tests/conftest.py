@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -71,6 +72,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("place, dtype", pairs)
     elif "place" in metafunc.fixturenames:
         metafunc.parametrize("place", [_param(p) for p in places])
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """What a process that only compiles need not import."""
+    if "rest" in os.environ.get("TESTED", "rest").split() or not collection_path.is_file():
+        return None
+    return "mark.compiled" not in collection_path.read_text()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
