@@ -26,6 +26,7 @@ def compute_as_chips() -> None:
     builder.create_fadd = _fma(builder.create_fadd, 1.0)
     builder.create_fsub = _fma(builder.create_fsub, -1.0)
     builder.create_dot = _dot(builder.create_dot)
+    builder.create_splat = _splat
     if not hasattr(builder, "get_int1_ty"):  # in Triton 3.3
         builder.get_int1_ty = lambda self: tl.int1
     patched: set[frozenset[str]] = set()
@@ -62,6 +63,12 @@ def _once(patch_language: Callable[..., Any], patched: set[frozenset[str]]) -> C
         return patch_language(function)
 
     return once
+
+
+def _splat(self: Any, to: Any, x: Any) -> Any:
+    """What a comparison of int32 finds is bool, though Triton's interpreter notes that of int32: its splat would be no
+    mask, of which version 3.9 complains."""
+    return TensorHandle(np.full(to.shape, x.data, dtype=x.data.dtype), x.dtype.scalar)
 
 
 def _of_scalars(numpy_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
