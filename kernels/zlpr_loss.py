@@ -176,7 +176,8 @@ def load_cells(row, col, stop, LABELS: tl.constexpr):
         return Soft(s, tl.where(left_out, 0.0, t))
     else:
         if LABELS == "integer":
-            s = tl.where(t == -100, float("-inf"), s)
+            if t.dtype != tl.uint8:  # in which there is no -100
+                s = tl.where(t == -100, float("-inf"), s)
             s = tl.where((s == float("-inf")) | (t == 0) | (t == 1), s, float("nan"))
         positive = (t != 0) & (s > float("-inf"))
         return Hard(tl.where(positive, float("-inf"), s), tl.where(positive, s, float("inf")))

@@ -25,6 +25,7 @@ from flashpointer.kernels import (  # noqa: E402
     zlpr_loss,
 )
 
+from flashpointer.ops._checks import INTEGERS  # noqa: E402
 from flashpointer.problem import Lists, Problem  # noqa: E402
 
 from .chips import CHIPS, REGISTERS, Compiled, compiling_for  # noqa: E402
@@ -111,6 +112,18 @@ def test_zlpr_loss(
     chip: str, shape: tuple[int, int], scores_dtype: torch.dtype, labels: str, masked: bool, with_grad: bool
 ) -> None:
     compile_for(chip, lambda: zlpr(shape, scores_dtype, labels, masked, with_grad))
+
+
+@pytest.mark.parametrize("integers", INTEGERS, ids=str)
+def test_each_dtype_of_integers(integers: torch.dtype) -> None:
+    """Labels and lists. Triton 3.9 compares no unsigned integer with a negative number."""
+    scores = torch.empty((1, 64, 512))
+    labels, lists = torch.empty(scores.shape, dtype=integers), torch.empty((1, 64, 5), dtype=integers)
+    compile_for("sm_90", lambda: zlpr_loss.forward(scores, labels, None, 1.0, True))
+    compile_for("sm_90", lambda: sparse_zlpr_loss.forward(scores, lists, None, 1.0, True, -100))
+    hidden, weight = torch.empty(128, 64), torch.empty(512, 64)
+    of_rows = Lists(torch.zeros((128, 5), dtype=integers), None, -100, 0)
+    compile_for("sm_90", lambda: linear_zlpr_loss.forward(hidden, weight, None, of_rows, True))
 
 
 @on_every_chip
