@@ -26,7 +26,7 @@ def compute_as_chips() -> None:
     builder.create_fadd = _fma(builder.create_fadd, 1.0)
     builder.create_fsub = _fma(builder.create_fsub, -1.0)
     builder.create_dot = _dot(builder.create_dot)
-    builder.create_splat = _splat
+    builder.create_splat = _splat(builder.create_splat)
     if not hasattr(builder, "get_int1_ty"):  # in Triton 3.3
         builder.get_int1_ty = lambda self: tl.int1
     patched: set[frozenset[str]] = set()
@@ -65,10 +65,17 @@ def _once(patch_language: Callable[..., Any], patched: set[frozenset[str]]) -> C
     return once
 
 
-def _splat(self: Any, to: Any, x: Any) -> Any:
+def _splat(plain: Callable[..., Any]) -> Callable[..., Any]:
     """What a comparison of int32 finds is bool, though Triton's interpreter notes that of int32: its splat would be no
     mask, of which version 3.9 complains."""
-    return TensorHandle(np.full(to.shape, x.data, dtype=x.data.dtype), x.dtype.scalar)
+
+    def splat(self: Any, *type_and_value: Any) -> Any:
+        out = plain(self, *type_and_value)
+        if any(isinstance(x, TensorHandle) and x.data.dtype == np.bool_ for x in type_and_value):
+            out.data = out.data != 0
+        return out
+
+    return splat
 
 
 def _of_scalars(numpy_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
