@@ -63,6 +63,7 @@ class Compiled:
     """A compiled kernel and what its compiler says of it."""
 
     name: str
+    key: str  # the same for launches of one compilation
     shared: int  # bytes
     spills: int  # bytes of local memory a thread; on AMD spilled vector registers as well
     registers: int  # of a block. On AMD's chips 0: there the compiler knows how many threads must fit
@@ -100,12 +101,12 @@ def compiling_for(chip: str) -> Iterator[list[Compiled]]:
 
 
 def _report(kernel: Any) -> Compiled:
-    name, shared = kernel.metadata.name, kernel.metadata.shared
+    name, key, shared = kernel.metadata.name, kernel.hash, kernel.metadata.shared
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         # Scalar registers that do not suffice go to lanes of vector registers, not to memory, and are no spill here.
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text))
-        return Compiled(name, shared, spills, 0, MATRIX.search(text) is not None, lambda: text)
+        return Compiled(name, key, shared, spills, 0, MATRIX.search(text) is not None, lambda: text)
     cubin = kernel.asm["cubin"]
     usage = _cuobjdump(cubin, "--dump-resource-usage")
     spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
@@ -114,7 +115,7 @@ def _report(kernel: Any) -> Compiled:
     if spills and not re.search(r"\b(?:LDL|STL)\b", _cuobjdump(cubin, "-sass")):
         spills = 0  # a frame that no instruction reads or writes: Triton 3.9's assembler leaves some
     multiplies = MATRIX.search(kernel.asm["ptx"]) is not None
-    return Compiled(name, shared, spills, registers, multiplies, lambda: _cuobjdump(cubin, "-sass"))
+    return Compiled(name, key, shared, spills, registers, multiplies, lambda: _cuobjdump(cubin, "-sass"))
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:

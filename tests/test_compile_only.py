@@ -248,6 +248,18 @@ def test_pointer_loss(
     compile_for(chip, lambda: pointer_loss.forward(q, k, start, end, spans, labels, heads, problem))
 
 
+def test_what_takes_one_head_at_a_time_is_compiled_once() -> None:
+    """For all numbers of heads, which in bfloat16 have plans of their own."""
+    q, k = torch.empty(2, 2, 128, 64, dtype=torch.bfloat16)
+    spans, problem = torch.empty((40, 4), dtype=torch.int64), Problem(None, None, True, True, None, 0.125)
+    few, many = (
+        compile_for("sm_90", lambda h=heads: pointer_loss.forward(q, k, None, None, spans, None, h, problem))
+        for heads in (9, 50)
+    )
+    same = {a.name: a.key == b.key for a, b in zip(few, many, strict=True)}
+    assert same == {"prepare_kernel": True, "sweep_kernel": False, "combine_kernel": True}
+
+
 # Head sizes and dtypes for each plan that plan() can pick.
 DECODES = [(size, dtype) for dtype in (torch.bfloat16, torch.float32) for size in (16, 64, 128, 256)]
 # Products of matrices, and one that is contracted with a sum.
