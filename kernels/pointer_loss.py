@@ -805,7 +805,8 @@ def forward(
     _, groups, of_group, length, count, *_ = sizes
     kind = q.dtype, problem.tril_mask, problem.rope, torch.version.hip is not None
     rule, tile = tile_of(q.shape[-1], of_group, *kind)
-    _, tile_of_one = tile_of(q.shape[-1], 1, *kind)  # takes one head at a time: compiled once for all numbers of heads
+    # For launches that take one head at a time: so they are compiled once for all numbers of heads.
+    _, tile_of_one = tile_of(q.shape[-1], 1, *kind)
     padded = (length + PAD.value - 1) // PAD.value * PAD.value
     planes = padded_heads(of_group, rule.back_heads)
     mask = None if problem.mask is None else problem.mask.view(torch.uint8)

@@ -78,7 +78,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """What a process that only compiles need not import."""
     if "rest" in os.environ.get("TESTED", "rest").split() or not collection_path.is_file():
         return None
-    return "mark.compiled" not in collection_path.read_text()
+    return "mark.compiled" not in collection_path.read_text(encoding="utf-8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
