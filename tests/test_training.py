@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import flashpointer as fp
-from flashpointer.agreement import relative_error
+from flashpointer.agreement import compare, relative_error
 
 from .conftest import Place
 from .problems import OPS, problem
@@ -49,6 +49,22 @@ def test_a_loss_scaler_steps(place: Place, op: str) -> None:
     other = {"other": exact + 1} if "other" in inputs else {}
     getattr(fp.reference, op)(**{**inputs, "scores": exact, **other}).backward()
     assert relative_error(scores.grad.double() / 65536.0, exact.grad) < 2e-3
+
+
+@every_op
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_loss_scaler_lifts_what_is_small(place: Place, op: str, reduction: str) -> None:
+    """Gradients of rows that are learned, which in float16 have few digits or none, unless they are scaled first."""
+    inputs = problem(op, (8, 50), torch.float16, place.device)
+    inputs["scores"] = inputs["scores"] / 4 - 15
+    if op == "zlpr_kl_div":
+        inputs["other"] = inputs["scores"] + 1
+    else:
+        labels = "labels" if op == "zlpr_loss" else "positives"
+        inputs[labels] = torch.full_like(inputs[labels], False if op == "zlpr_loss" else -1)
+    upstream = torch.full((8,) if reduction == "none" else (), 4096.0, device=place.device)
+    for result in compare(op, {**inputs, "reduction": reduction}, differentiate=OPS[op], upstream=upstream):
+        assert result.ok, result
 
 
 @every_op

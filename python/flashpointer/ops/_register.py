@@ -40,6 +40,7 @@ def register(
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             output = compute(*arguments)
+            ctx.direct = True
             if setup_context is not None:
                 setup_context(ctx, arguments, output)
             return output
@@ -148,7 +149,8 @@ def wants_gradient(*inputs: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and (x.requires_grad or _checks.is_batched(x)) for x in inputs)
 
 
-def wanted_again(grad: torch.Tensor, upstream: torch.Tensor) -> bool:
+def wanted_again(ctx: Any, grad: torch.Tensor, upstream: torch.Tensor) -> bool:
     """Whether a backward must leave as it is a gradient that forward saved."""
-    traced = type(grad) is not torch.Tensor  # by AOTAutograd, which takes no mutation here and fuses the product
-    return traced or _checks.is_batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph()
+    seen = not getattr(ctx, "direct", False)  # by who called the op, which returned it
+    traced = type(grad) is not torch.Tensor  # by compiled autograd, which takes no mutation here and fuses the product
+    return seen or traced or _checks.is_batched(upstream) or torch._C._autograd._get_current_graph_task_keep_graph()

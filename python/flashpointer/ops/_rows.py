@@ -46,14 +46,23 @@ def fake_loss(scores: torch.Tensor, reduction: str) -> torch.Tensor:
     return scores.new_empty(scores.shape[:-1] if reduction == "none" else (), dtype=dtype)
 
 
+def share_of(lead: torch.Size, reduction: str) -> float:
+    """What each of the losses [*lead] counts for in the reduced one."""
+    return 1.0 / max(1, math.prod(lead)) if reduction == "mean" else 1.0
+
+
+# A cell of a ZLPR gradient is between -1 and 1: so often may it be stored in float16, which has nothing below 2^-24.
+LIFT = 2.0**15
+
+
 def grad_scales(scores: torch.Tensor, reduction: str) -> tuple[float, float]:
     """How the mean's 1 / rows is split: (into the stored gradient, into backward).
 
-    Into the stored gradient, so that backward after a plain mean has nothing left to do; but not in float16, where it
-    would underflow before the loss scale of AMP can lift it.
+    Into the stored gradient, so that backward after a plain mean has nothing left to do; but not in float16. There the
+    gradient is lifted instead, or what is small in it would be lost before the loss scale of AMP can lift it.
     """
-    share = 1.0 / max(1, math.prod(scores.shape[:-1])) if reduction == "mean" else 1.0
-    return (1.0, share) if scores.dtype == torch.float16 else (share, 1.0)
+    share = share_of(scores.shape[:-1], reduction)
+    return (LIFT, share / LIFT) if scores.dtype == torch.float16 else (share, 1.0)
 
 
 # --- losses whose forward computes the gradient --------------------------------------------------------------------
@@ -94,16 +103,16 @@ def register_with_gradient(op: str, labels: str, extra: str, check: Callable[...
 
     def backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative(op)
-        grad = None if upstream is None else scaled(ctx.saved_tensors[0], upstream, ctx.factor, ctx.backend)
+        grad = None if upstream is None else scaled(ctx, ctx.saved_tensors[0], upstream, ctx.factor, ctx.backend)
         return (grad, *[None] * (ctx.arguments - 1))
 
     schema = f"Tensor scores, Tensor {labels}, Tensor? mask, str reduction, bool with_grad, str backend{extra}"
     return register(f"{op}({schema}) -> (Tensor loss, Tensor grad)", compute, fake, setup_context, backward)
 
 
-def scaled(grad: torch.Tensor, upstream: torch.Tensor, factor: float, backend: str) -> torch.Tensor:
+def scaled(ctx: Any, grad: torch.Tensor, upstream: torch.Tensor, factor: float, backend: str) -> torch.Tensor:
     """A saved gradient times the upstream one: in place, not at all where that is 1, if nobody asks for it again."""
-    if wanted_again(grad, upstream):
+    if wanted_again(ctx, grad, upstream):
         product: torch.Tensor = grad * (upstream * factor).unsqueeze(-1)
         return product.to(grad.dtype)
     backends.implementation("scale_rows", backend).scale_(grad, upstream, factor)

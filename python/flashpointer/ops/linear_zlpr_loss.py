@@ -221,7 +221,7 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, _: None) -> tuple[torch.T
     places = (0, 1, 3)  # of hidden, weight and bias
     wanted = [ctx.needs_input_grad[place] for place in places]
     arguments = (upstream, hidden, weight, bias, saved, ctx.soft, ctx.reduction, ctx.sums_over, wanted, ctx.backend)
-    overwrite = kept.numel() > 0 and not _register.wanted_again(kept, upstream)
+    overwrite = kept.numel() > 0 and not _register.wanted_again(ctx, kept, upstream)
     if overwrite or ctx.weight_grad is not None:  # neither of which an op of PyTorch's can
         computed = _compute_backward(*arguments, kept if overwrite else None, ctx.weight_grad)
     else:
@@ -238,7 +238,7 @@ def _compute_backward(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     rows, classes, labels, x, *sums = saved
     lead = hidden.shape[:-1]
-    share = 1.0 / max(1, lead.numel()) if reduction == "mean" else 1.0
+    share = _rows.share_of(lead, reduction)
     with _checks.without_autocast(hidden):
         grad_hidden, grad_weight, grad_bias = backends.implementation(OP, backend).backward(
             _rows_of(hidden), weight, bias, Listed(rows, classes, labels if soft else None), x,

@@ -172,10 +172,6 @@ def _shape(q: torch.Tensor, heads: int, spans: torch.Tensor) -> tuple[int, ...]:
     return (*shape_per_head(q.shape), heads, count)
 
 
-def _share(reduction: str, planes: torch.Size) -> float:
-    return 1.0 / max(1, planes.numel()) if reduction == "mean" else 1.0
-
-
 def _save(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, list[torch.Tensor]]
 ) -> tuple[torch.Tensor | None, ...]:
@@ -205,7 +201,7 @@ def _compute_backward(
     problem: Problem, shape: list[int], reduction: str, dtype: torch.dtype, backend: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     module, planes = backends.implementation(OP, backend), torch.Size((shape[0], shape[4]))
-    kept, share = module.Saved(*saved, tuple(shape)), _share(reduction, planes)
+    kept, share = module.Saved(*saved, tuple(shape)), _rows.share_of(planes, reduction)
     upstream = upstream if upstream.shape == planes else upstream.expand(planes)
     grads: tuple[torch.Tensor, ...] = module.backward(upstream, share, kept, start, end, dtype, problem)
     return grads
@@ -249,7 +245,7 @@ def _compute_with_gradient(
     tiled = backends.implementation(OP, "tiled")
     kept = tiled.Kept(tiled.KEPT)
     losses, saved = tiled.forward(q, k, start, end, spans, span_labels, heads, problem, kept)
-    grads = tiled.gradients(None, saved, problem, kept, _share(reduction, losses.shape))
+    grads = tiled.gradients(None, saved, problem, kept, _rows.share_of(losses.shape, reduction))
     return _rows.reduce(losses, losses.shape, reduction), *grads
 
 
@@ -269,7 +265,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 
 def _scale_gradients(ctx: Any, upstream: torch.Tensor, problem: Problem, saved: list[torch.Tensor]) -> Any:
     _refuse_many(upstream)
-    again = _register.wanted_again(saved[0], upstream)
+    again = _register.wanted_again(ctx, saved[0], upstream)
     if again or upstream.device.type != "cpu" or upstream.item() != 1.0:  # elsewhere to look is to wait
         scale = torch.Tensor.mul if again else torch.Tensor.mul_
         saved = [scale(x, upstream) for x in saved]

@@ -58,8 +58,9 @@ def zlpr_kl_div(
     if backend == "reference":
         return reference.zlpr_kl_div(scores, other, mask, reduction)
     needed = _register.wants_gradient(scores), _register.wants_gradient(other)
-    # On tiles one sweep makes losses and gradients; kernels make gradients in registers, and store none.
-    at_once = backend == "tiled" and any(needed)
+    # On tiles one sweep makes losses and gradients. Kernels make gradients in registers and store none, nor do tiles in
+    # float16: small ones would be lost before the loss scale of AMP can lift them, and large ones cannot be lifted.
+    at_once = backend == "tiled" and any(needed) and scores.dtype != torch.float16
     loss: torch.Tensor = (
         _op_with_gradient(scores, other, mask, reduction, *needed)[0]
         if at_once
@@ -82,9 +83,9 @@ def _compute_backward(
     need_scores: bool, need_other: bool, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     lead = scores.shape[:-1]
-    factor = 1.0 / max(1, lead.numel()) if reduction == "mean" else 1.0
+    upstream, share = upstream.expand(lead).reshape(-1), _rows.share_of(lead, reduction)
     grads = backends.implementation(OP, backend).backward(
-        *_rows.fold(scores, other, mask), upstream.expand(lead).reshape(-1), factor, need_scores, need_other
+        *_rows.fold(scores, other, mask), upstream, share, need_scores, need_other
     )
     return tuple(
         grad.view(scores.shape) if needed else grad
@@ -139,8 +140,8 @@ def _compute_with_gradient(
     need_other: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     rows = (scores, other, mask) if one_tile(scores, mask) else _rows.fold(scores, other, mask)
-    scale, _ = _rows.grad_scales(scores, reduction)
-    losses, *grads = backends.implementation(OP, "tiled").forward_with_gradients(*rows, scale, need_scores, need_other)
+    share = _rows.share_of(scores.shape[:-1], reduction)
+    losses, *grads = backends.implementation(OP, "tiled").forward_with_gradients(*rows, share, need_scores, need_other)
     return _rows.reduce(losses, scores.shape[:-1], reduction), *(
         grad.view(scores.shape) if needed and grad.shape != scores.shape else grad
         for grad, needed in zip(grads, (need_scores, need_other), strict=True)
@@ -156,18 +157,16 @@ def _fake_with_gradient(
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    scores, _, _, reduction, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    _, ctx.factor = _rows.grad_scales(scores, reduction)
 
 
 def _scale_gradients(ctx: Any, upstream: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
     _register.refuse_second_derivative(OP)
     needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
     grads = [
-        _rows.scaled(grad, upstream, ctx.factor, "tiled") if need and upstream is not None else None
+        _rows.scaled(ctx, grad, upstream, 1.0, "tiled") if need and upstream is not None else None
         for grad, need in needed
     ]
     return *grads, None, None, None, None

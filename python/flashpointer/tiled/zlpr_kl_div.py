@@ -33,9 +33,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``kernels.zlpr_kl_div.backward``."""
     outer, inner, _ = scores.shape
-    _, *grads = forward_with_gradients(scores, other, mask, 1.0, need_scores, need_other)
     scale = (upstream * factor).view(outer, inner, 1)
-    of_scores, of_other = (grad.mul_(scale) if grad.dim() == 3 else grad for grad in grads)
+    _, of_scores, of_other = forward_with_gradients(scores, other, mask, scale, need_scores, need_other)
     return of_scores, of_other
 
 
@@ -44,12 +43,12 @@ def forward_with_gradients(
     scores: torch.Tensor,
     other: torch.Tensor,
     mask: torch.Tensor | None,
-    grad_scale: float,
+    grad_scale: float | torch.Tensor,
     need_scores: bool,
     need_other: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The losses of rows [outer, inner, C], or [..., C] that are ``one_tile``; and grad_scale times the gradients of
-    their sum, empty where not needed."""
+    """The losses of rows [outer, inner, C], or [..., C] that are ``one_tile``; and grad_scale, of all rows or [outer,
+    inner, 1], times the gradients of their sum, empty where not needed."""
     needed = need_scores, need_other
     if one_tile(scores, mask):
         losses, *made = _tile(scores, other, None, grad_scale, needed)
@@ -67,6 +66,7 @@ def forward_with_gradients(
     in_place = [need and scores.dtype == losses.dtype for need in needed]
     buffers: Sequence[torch.Tensor] = ()
     for o, rows in row_tiles(outer, inner, classes):
+        scale = grad_scale[o, rows] if isinstance(grad_scale, torch.Tensor) else grad_scale
         for columns in column_tiles(classes):
             s, t = (x[o, rows, columns] for x in (scores, other))
             left_in = None if mask is None else mask[o, rows, columns]
@@ -75,7 +75,7 @@ def forward_with_gradients(
             spare = iter(buffers)
             outs = [grad[o, rows, columns] if need else None for grad, need in zip(grads, needed, strict=True)]
             places = [out if here else next(spare) for out, here in zip(outs, in_place, strict=True)]
-            of_tile, *made = _tile(s, t, left_in, grad_scale, needed, (*places, *spare))
+            of_tile, *made = _tile(s, t, left_in, scale, needed, (*places, *spare))
             losses[o, rows].add_(of_tile)
             for out, grad in zip(outs, made, strict=True):
                 if out is not None and out is not grad:
@@ -87,7 +87,7 @@ def _tile(
     s: torch.Tensor,
     t: torch.Tensor,
     left_in: torch.Tensor | None,
-    grad_scale: float,
+    grad_scale: float | torch.Tensor,
     needed: tuple[bool, bool],
     places: Sequence[torch.Tensor | None] = (None, None, None, None),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +100,10 @@ def _tile(
     f_s, f_t = torch.sigmoid(s, out=of_s), torch.sigmoid(t, out=of_t)
     distance = torch.sub(s, t, out=of_distance)
     gap = torch.sub(f_t, f_s, out=of_gap if any(needed) else f_s)
-    half_scale = s.new_full((), grad_scale / 2) if any(needed) else None
+    if any(needed):
+        half_scale = grad_scale / 2
+        if not isinstance(half_scale, torch.Tensor):
+            half_scale = s.new_full((), half_scale)
     if needed[0]:
         scaled_difference(half_scale, times_slope(distance, f_s, grad_input=f_s), gap, 2, grad_input=f_s)
     if needed[1]:
