@@ -319,6 +319,25 @@ def test_nan_stays_in_its_row(place: Place) -> None:
         assert relative_error(hidden[others], clean[1][others]) < 1e-6
 
 
+def test_an_infinite_score_is_alone(place: Place) -> None:
+    """At a negative: the positives of its rows, and their other negatives, keep their gradients."""
+    inputs = layer(9, 5, 150, device=place.device)
+    inputs["positives"] = inputs["positives"].where(inputs["positives"] != 7, 8)
+    inputs["bias"][7] = torch.inf
+    loss, _, weight, bias = gradients(inputs)
+    assert (loss == torch.inf).all() and bias[7].isnan() and (bias[8:] < 0).any()
+    assert bias.isfinite().sum() == 149 and weight.isfinite().all(1).sum() == 149
+    agree(inputs)
+
+
+def test_the_bias_gradient_of_many_rows(place: Place) -> None:
+    """Of one that all of them predict: summed one after the other in float32, it would lose a digit."""
+    rows = 1100 if place.small else 50_000
+    inputs = layer(rows, 4, 7, device=place.device)
+    inputs["bias"][3] = 8.0
+    agree(inputs)
+
+
 def test_the_gradient_of_weight_is_rounded_once(place: Place) -> None:
     """In bfloat16 as float64 rounds it, but where that lies between two numbers."""
     if place.small:

@@ -26,6 +26,7 @@ HEIGHT = 256  # rows to a block, at most
 WIDTH = 256  # classes to a tile, at least: a product over fewer is slow
 CONVERTED = 1 << 18  # elements of weight to a tile, where that is converted
 SAFE = 40.0
+SUMMED = 16  # rows that float32 sums one after the other
 
 
 class Block(NamedTuple):
@@ -238,11 +239,14 @@ def backward(
     """
     sweep = Sweep(hidden, weight, bias, listed)
     whole_n, whole_p = sums.S_n + torch.exp(-sums.m_n), sums.S_p + torch.exp(-sums.m_p)
-    share = upstream.to(sweep.dtype) / whole_n
+    infinite = whole_n == torch.inf  # rows with a score of inf, whose other negatives count for nothing
+    unit = whole_n.masked_fill(infinite, 1.0)
+    share = upstream.to(sweep.dtype) / unit
     # What a positive takes from E, in units of the share as E is, so that it rides in the same products.
-    pull = (torch.exp(x - sums.m_p[listed.rows]) * (whole_n / whole_p)[listed.rows])[sweep.order]
+    pull = (torch.exp(x - sums.m_p[listed.rows]) * (unit / whole_p)[listed.rows])[sweep.order]
     pivots = sums.m_n.unsqueeze(1)
     pivoted = hidden.device.type != "cpu" or bool(sums.m_n.any())
+    finite = (~infinite).to(sweep.dtype).unsqueeze(1) if pivoted and _perhaps(infinite) else None
 
     of_weight = weight_grad is not None or wanted[1]
     shared = sweep.hidden * share.unsqueeze(1) if of_weight else None  # [R, D]
@@ -253,12 +257,12 @@ def backward(
     if bias is not None and wanted[2]:
         grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     d_weight = OfClasses(sweep, weight, grad_weight) if of_weight else None
-    d_bias = OfClasses(sweep, bias, grad_bias) if bias is not None and wanted[2] else None
     place_of = waiting = None
     if kept.numel() and not pivoted:
         place_of, waiting = sweep.places(kept), sweep.scratch(sweep.room * sweep.width)
 
     for tile in sweep.tiles():
+        d_bias = None if grad_bias is None else tile.weight.new_zeros(len(tile.weight), dtype=torch.float64)
         if place_of is not None and waiting is not None:  # out of the way of the gradient
             E_tile = place_of(tile)
             E_tile = waiting[: E_tile.numel()].view(E_tile.shape).copy_(E_tile)
@@ -271,6 +275,8 @@ def backward(
                 if pivoted:
                     E.sub_(pivots[rows])
                 E.exp_()
+                if finite is not None:
+                    E.mul_(finite[rows])  # inf to NaN
             cells = sweep.listed(tile, block)
             if cells.start < cells.stop:
                 E.view(-1).index_add_(0, sweep.at[cells], pull[cells], alpha=-1)
@@ -279,25 +285,41 @@ def backward(
             if d_weight is not None and shared is not None:
                 d_weight.of(tile).addmm_(E.t(), shared[rows], beta=float(block.number > 0))
             if d_bias is not None:
-                d_bias.of(tile).addmv_(E.t(), share[rows], beta=float(block.number > 0))
-        for total in (d_weight, d_bias):
-            if total is not None:
-                total.store(tile)
-        if d_weight is not None and weight_grad is not None:
-            weight_grad(tile.classes.start, d_weight.of(tile))
+                add_rows(d_bias, E, share[rows])
+        if d_weight is not None:
+            d_weight.store(tile)
+            if weight_grad is not None:
+                weight_grad(tile.classes.start, d_weight.of(tile))
+        if d_bias is not None and grad_bias is not None:
+            grad_bias[tile.classes] = d_bias
     if grad_hidden is not None:
         grad_hidden.mul_(share.unsqueeze(1))
     return grad_hidden, grad_weight, grad_bias
 
 
+def _perhaps(condition: torch.Tensor) -> bool:
+    """Whether any is, as far as to look costs nothing."""
+    return condition.device.type != "cpu" or bool(condition.any())
+
+
+def add_rows(total: torch.Tensor, E: torch.Tensor, share: torch.Tensor) -> None:
+    """Adds share E to the total [classes], in float64: of a thousand rows, one after the other, float32 would lose a
+    digit, and of a million four. So it sums but SUMMED."""
+    whole = len(E) // SUMMED * SUMMED
+    parts = torch.bmm(share[:whole].view(-1, 1, SUMMED), E[:whole].view(-1, SUMMED, E.shape[1]))
+    total.add_(parts.sum((0, 1), dtype=total.dtype))
+    if whole < len(E):
+        total.add_(torch.mv(E[whole:].t(), share[whole:]))
+
+
 class OfClasses:
-    """The gradient of a tile's classes, summed over its blocks: in its place among all, or else in scratch memory, to
-    be rounded once."""
+    """The gradient by the weight of a tile's classes, summed over its blocks: in its place among all, or else in
+    scratch memory, to be rounded once."""
 
     def __init__(self, sweep: Sweep, like: torch.Tensor, target: torch.Tensor | None) -> None:
         in_place = target is not None and target.dtype == sweep.dtype
         self.target, self.empty = target, not sweep.blocks
-        self.scratch = None if in_place else sweep.scratch(sweep.width, *like.shape[1:])
+        self.scratch = None if in_place else sweep.scratch(sweep.width, like.shape[1])
 
     def of(self, tile: Tile) -> torch.Tensor:
         if self.scratch is not None:
