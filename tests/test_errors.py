@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import flashpointer as fp
 
@@ -124,6 +126,36 @@ def test_every_argument_of_what_else_there_is(name: str, wrong: str) -> None:
         assert argument.removesuffix("s") in message or name == "use_backend", message
         assert "\n" not in message
         assert len(message) < 300, message
+
+
+@pytest.mark.parametrize("name", [name for name in CALLABLES if name[0].islower() and name != "use_backend"])
+def test_the_default_device_is_not_asked(name: str) -> None:
+    """What is made of lists is on the CPU, and what is made of tensors where they are."""
+    function, right = CALLABLES[name]
+    expected = pytree.tree_leaves(function(**right))
+    with torch.device("meta"):
+        made = pytree.tree_leaves(function(**right))
+    for ours, theirs in zip(made, expected, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
+
+
+def test_the_default_device_does_not_count() -> None:
+    gold = torch.tensor([[0, 0, 1, 2], [0, 0, 1, 3]])
+    counts = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            of = fp.metrics.SpanF1(["PER"])
+            of.update(gold[:1], gold)
+            of.compute_metrics(SimpleNamespace(predictions=gold.numpy(), label_ids=gold.numpy()), compute_result=False)
+        counts.append(of.counts)
+    assert torch.equal(*counts) and counts[0].tolist() == [[3, 3, 4], [3, 3, 4]]
+
+
+def test_linear_zlpr_names_what_it_is_given() -> None:
+    head = fp.nn.LinearZLPR(4, 5)
+    for wrong, error in ((torch.randn(2, 3), ValueError), (torch.tensor(1.0), ValueError), ([1.0], TypeError)):
+        with pytest.raises(error, match=r"^LinearZLPR: hidden takes a floating-point tensor \[..., 4\]; got "):
+            head(wrong)
 
 
 def test_a_sparse_or_nested_tensor_is_told_what_to_become() -> None:

@@ -462,11 +462,15 @@ def test_padding_holds_anything(place: Place, garbage: float) -> None:
     inputs = problem((2, 3, 30, 16), device=place.device)
     mask = torch.ones(2, 30, dtype=torch.bool, device=place.device)
     mask[0, 20:] = mask[1, 7] = False
-    clean = evaluate({**inputs, "mask": mask})
-    for name in ("q", "k", "start", "end"):
-        inputs[name] = inputs[name].masked_fill(~mask.unsqueeze(-1 if name in "qk" else 1), garbage)
-    for x, y in zip(evaluate({**inputs, "mask": mask}), clean, strict=True):
-        assert relative_error(x, y) < 1e-6
+    clean = {**inputs, "mask": mask}
+    filled = {
+        name: inputs[name].masked_fill(~mask.unsqueeze(-1 if name in "qk" else 1), garbage)
+        for name in ("q", "k", "start", "end")
+    }
+    for backend in (place.backend, "reference"):
+        with fp.use_backend(backend):
+            for x, y in zip(evaluate(clean | filled), evaluate(clean), strict=True):
+                assert relative_error(x, y) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["q", "k", "start", "end"])

@@ -32,14 +32,19 @@ import torch
 from .ops import _checks
 
 
+def _tensor(x: Any) -> torch.Tensor:
+    """Itself, or an array of another library on the CPU, whatever the default device."""
+    return x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu")
+
+
 def _halves(n: int) -> torch.Tensor:
     """Where two parts of n rows are, ``[2, n]``, if one follows the other."""
-    return torch.arange(2 * n).view(2, n)
+    return torch.arange(2 * n, device="cpu").view(2, n)
 
 
 def _pairs(n: int) -> torch.Tensor:
     """Where they are if their rows alternate."""
-    return torch.arange(2 * n).view(n, 2).t()
+    return torch.arange(2 * n, device="cpu").view(n, 2).t()
 
 
 class _Layout(NamedTuple):
@@ -195,19 +200,19 @@ def _linears(
     for size_name, size in (("heads", heads), ("head_size", head_size)):
         if not _checks.is_int(size, 1):
             raise ValueError(f"{op}: {size_name} takes an int of at least 1; got {_checks.describe(size)}")
-    weights = [torch.as_tensor(state_dict[f"{name}.weight"]) for name in names]
+    weights = [_tensor(state_dict[f"{name}.weight"]) for name in names]
     if transposed:
         weights = [weight.transpose(0, -1) for weight in weights]
-    hidden = torch.arange(weights[0].shape[-1])
+    hidden = torch.arange(weights[0].shape[-1], device="cpu")
     if len(names) == 1:
-        places = [(torch.arange(2 * heads * head_size), hidden)]
+        places = [(torch.arange(2 * heads * head_size, device="cpu"), hidden)]
     else:
         projection, biases = layout.qk(head_size).flatten(), layout.biases(heads)
         start_end = (biases.flip(0) if layout.end_first else biases).t().flatten()
         places = [(projection, hidden), (start_end, hidden if layout.hidden else projection)]
     for name, weight, (rows, columns) in zip(names, weights, places, strict=True):
         bias = state_dict.get(f"{name}.bias")
-        bias = None if bias is None else torch.as_tensor(bias)
+        bias = None if bias is None else _tensor(bias)
         shape = (len(rows), len(columns))
         if weight.shape != shape or (bias is not None and bias.shape != shape[:1]):
             raise ValueError(

@@ -284,14 +284,14 @@ class SpanModel(PreTrainedModel):
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         heads, choices = self.config.label2id, {name: x for name, x in self.config.decoding.items() if name in CHOICES}
         decoding = {name: x for name, x in self.config.decoding.items() if name not in CHOICES}
-        found, scores = [torch.zeros(0, 4, dtype=torch.int64)], [torch.zeros(0)]
+        found, scores = [torch.zeros(0, 4, dtype=torch.int64, device="cpu")], [torch.zeros(0, device="cpu")]
         training = self.training
         self.eval()
         try:
             for batch in logging.tqdm(batches):
                 inputs = {name: x.to(self.device) for name, x in collate([rows[row] for row in batch]).items()}
                 here, of = (x.cpu() for x in self.head.decode(*self._hidden(**inputs), **decoding))
-                here[:, 0] = torch.tensor(batch)[here[:, 0]]
+                here[:, 0] = torch.tensor(batch, device="cpu")[here[:, 0]]
                 found.append(here)
                 scores.append(of.float())
         finally:
@@ -363,8 +363,8 @@ def _chosen(
         return i, heads[entity["label"]], entity["start"], entity["end"] - 1
 
     cells = [cell(i, x) for i, here in enumerate(entities) for x in here]
-    scores = torch.tensor([x["score"] for here in entities for x in here])
-    best, _ = choose(torch.tensor(cells, dtype=torch.int64).view(-1, 4), scores, **choices)
+    scores = torch.tensor([x["score"] for here in entities for x in here], device="cpu")
+    best, _ = choose(torch.tensor(cells, dtype=torch.int64, device="cpu").view(-1, 4), scores, **choices)
     kept = set(map(tuple, best.tolist()))
     return [[x for x in here if cell(i, x) in kept] for i, here in enumerate(entities)]
 

@@ -43,7 +43,8 @@ class SpanF1:
 
     def reset(self) -> None:
         """As new."""
-        self.counts = torch.zeros(max(self.heads.values(), default=-1) + 2, 3, dtype=torch.int64)
+        rows = max(self.heads.values(), default=-1) + 2
+        self.counts = torch.zeros(rows, 3, dtype=torch.int64, device="cpu")
 
     def update(self, found: torch.Tensor, gold: torch.Tensor) -> None:
         """Counts the spans of a batch. On a GPU it waits for the device.
@@ -62,7 +63,7 @@ class SpanF1:
         of_heads = [spans[:, 1].bincount(minlength=len(self.counts) - 1) for spans in _with_right(listed)]
         of_boundaries = [len(spans) for spans in _with_right([spans[:, [0, 2, 3]] for spans in listed])]
         self.counts[:-1] += torch.stack(of_heads, dim=1)
-        self.counts[-1] += torch.tensor(of_boundaries)
+        self.counts[-1] += torch.tensor(of_boundaries, device="cpu")
 
     def merge(self, other: SpanF1) -> SpanF1:
         """Itself, with the spans that another one of the same types has counted."""
@@ -108,7 +109,7 @@ class SpanF1:
         """
         found, gold = prediction.predictions, prediction.label_ids
         found = found[0] if isinstance(found, (tuple, list)) else found
-        self.update(torch.as_tensor(found), torch.as_tensor(gold))
+        self.update(*(x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu") for x in (found, gold)))
         if not compute_result:
             return {}
         result = self.compute()

@@ -84,6 +84,10 @@ class LinearZLPR(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The scores ``[..., C]`` of hidden ``[..., D]``: all of them."""
+        takes = f"a floating-point tensor [..., {self.hidden_size}]"
+        _checks.check_tensor("LinearZLPR", "hidden", hidden, takes, _checks.FLOATS)
+        if hidden.dim() == 0 or hidden.shape[-1] != self.hidden_size:
+            raise ValueError(f"LinearZLPR: hidden takes {takes}; got {_checks.describe(hidden)}")
         return torch.nn.functional.linear(hidden, self.weight, self.bias)
 
     def loss(

@@ -164,6 +164,9 @@ def pointer_scores(
     """scale * <R_m q_m, R_n k_n> + start_m + end_n, -inf where no span can be."""
     dtype, length = q.dtype, q.shape[-2]
     q, k = _upcast(q), _upcast(k)
+    if mask is not None:  # before the product, whose backward would spread what a dropped token holds
+        dropped = ~mask.bool().view(len(mask), *[1] * (q.dim() - 3), length, 1)
+        q, k = q.masked_fill(dropped, 0.0), k.masked_fill(dropped, 0.0)
     if rope:
         positions = torch.arange(length, device=q.device) if positions is None else positions
         q, k = rotate(q, positions), rotate(k, positions)

@@ -136,4 +136,4 @@ def check_pair(op: str, where: str, span: Any, start: int, end: int, size: int |
 
 
 def tensor(rows: list[tuple[int, int, int, int]]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)

@@ -182,7 +182,7 @@ def _rows(
 def _vector(op: str, i: int, key: str, value: Any, length: int | None = None) -> torch.Tensor:
     """A list or tensor of integers as int64 ``[length]``."""
     try:
-        vector = torch.as_tensor(value)
+        vector = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         vector = None
     takes = "a list or 1-D tensor of integers"
@@ -195,6 +195,6 @@ def _vector(op: str, i: int, key: str, value: Any, length: int | None = None) ->
 
 def _pad(rows: list[torch.Tensor], value: int, multiple: int | None) -> torch.Tensor:
     if not rows:
-        return torch.zeros(0, 0, dtype=torch.int64)
+        return torch.zeros(0, 0, dtype=torch.int64, device="cpu")
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
     return torch.nn.functional.pad(padded, (0, -padded.shape[1] % (multiple or 1)), value=value)
