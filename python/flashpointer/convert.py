@@ -32,11 +32,6 @@ import torch
 from .ops import _checks
 
 
-def _tensor(x: Any) -> torch.Tensor:
-    """Itself, or an array of another library on the CPU, whatever the default device."""
-    return x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu")
-
-
 def _halves(n: int) -> torch.Tensor:
     """Where two parts of n rows are, ``[2, n]``, if one follows the other."""
     return torch.arange(2 * n, device="cpu").view(2, n)
@@ -200,7 +195,7 @@ def _linears(
     for size_name, size in (("heads", heads), ("head_size", head_size)):
         if not _checks.is_int(size, 1):
             raise ValueError(f"{op}: {size_name} takes an int of at least 1; got {_checks.describe(size)}")
-    weights = [_tensor(state_dict[f"{name}.weight"]) for name in names]
+    weights = [_checks.as_tensor(state_dict[f"{name}.weight"]) for name in names]
     if transposed:
         weights = [weight.transpose(0, -1) for weight in weights]
     hidden = torch.arange(weights[0].shape[-1], device="cpu")
@@ -212,7 +207,7 @@ def _linears(
         places = [(projection, hidden), (start_end, hidden if layout.hidden else projection)]
     for name, weight, (rows, columns) in zip(names, weights, places, strict=True):
         bias = state_dict.get(f"{name}.bias")
-        bias = None if bias is None else _tensor(bias)
+        bias = None if bias is None else _checks.as_tensor(bias)
         shape = (len(rows), len(columns))
         if weight.shape != shape or (bias is not None and bias.shape != shape[:1]):
             raise ValueError(

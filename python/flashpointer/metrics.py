@@ -109,7 +109,7 @@ class SpanF1:
         """
         found, gold = prediction.predictions, prediction.label_ids
         found = found[0] if isinstance(found, (tuple, list)) else found
-        self.update(*(x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu") for x in (found, gold)))
+        self.update(_checks.as_tensor(found), _checks.as_tensor(gold))
         if not compute_result:
             return {}
         result = self.compute()

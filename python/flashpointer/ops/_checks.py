@@ -42,6 +42,11 @@ def check_tensor(op: str, name: str, value: object, takes: str, dtypes: Sequence
         raise TypeError(f"{op}: {name} takes {takes}; got {describe(value)}: {instead} a dense one")
 
 
+def as_tensor(x: Any) -> torch.Tensor:
+    """Itself, or what a list or an array of another library is on the CPU, whatever the default device."""
+    return x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu")
+
+
 def can_look(values: torch.Tensor) -> bool:
     """Whether to look at values costs nothing: on a GPU it is to wait for the stream, and done on demand. Tensors of
     tracers and of vmap have no values."""

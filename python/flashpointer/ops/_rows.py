@@ -51,7 +51,7 @@ def share_of(lead: torch.Size, reduction: str) -> float:
     return 1.0 / max(1, math.prod(lead)) if reduction == "mean" else 1.0
 
 
-# A cell of a ZLPR gradient is between -1 and 1: so often may it be stored in float16, which has nothing below 2^-24.
+# A cell of a ZLPR gradient is between -1 and 1: so many times of it float16 can store, which has nothing below 2^-24.
 LIFT = 2.0**15
 
 

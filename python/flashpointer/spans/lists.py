@@ -182,7 +182,7 @@ def _rows(
 def _vector(op: str, i: int, key: str, value: Any, length: int | None = None) -> torch.Tensor:
     """A list or tensor of integers as int64 ``[length]``."""
     try:
-        vector = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+        vector = _checks.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         vector = None
     takes = "a list or 1-D tensor of integers"
