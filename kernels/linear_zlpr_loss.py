@@ -708,7 +708,9 @@ def backward(
                 torch.mm(g.t(), shares, out=of_weight[first : some.stop])
             elif of_weight is not None:
                 of_weight[first : some.stop] = product(g.t(), shares, unit)
-            if of_bias is not None:
+            if of_bias is not None and dtype == torch.float32:  # whose digits a product over many rows would not keep
+                of_bias[first : some.stop] = g.mul_(scales.factors[:, None]).sum(0)
+            elif of_bias is not None:
                 of_bias[first : some.stop] = product(g.t(), scales.parts, scales.unit).sum(1)
         if of_hidden is not None:
             of_hidden.mul_(scales.factors[:, None])
