@@ -165,7 +165,8 @@ def pointer_scores(
     dtype, length = q.dtype, q.shape[-2]
     q, k = _upcast(q), _upcast(k)
     if mask is not None:  # before the product, whose backward would spread what a dropped token holds
-        dropped = ~mask.bool().view(len(mask), *[1] * (q.dim() - 3), length, 1)
+        dropped = ~mask.bool().unsqueeze(-1)
+        dropped = dropped if q.dim() == 3 else dropped.unsqueeze(1)
         q, k = q.masked_fill(dropped, 0.0), k.masked_fill(dropped, 0.0)
     if rope:
         positions = torch.arange(length, device=q.device) if positions is None else positions
