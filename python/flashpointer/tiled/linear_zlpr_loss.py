@@ -245,7 +245,7 @@ def backward(
     # What a positive takes from E, in units of the share as E is, so that it rides in the same products.
     pull = (torch.exp(x - sums.m_p[listed.rows]) * (unit / whole_p)[listed.rows])[sweep.order]
     pivots = sums.m_n.unsqueeze(1)
-    pivoted = hidden.device.type != "cpu" or bool(sums.m_n.any())
+    pivoted = _perhaps(sums.m_n)
     finite = (~infinite).to(sweep.dtype).unsqueeze(1) if pivoted and _perhaps(infinite) else None
 
     of_weight = weight_grad is not None or wanted[1]
@@ -297,14 +297,14 @@ def backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _perhaps(condition: torch.Tensor) -> bool:
-    """Whether any is, as far as to look costs nothing."""
-    return condition.device.type != "cpu" or bool(condition.any())
+def _perhaps(of_rows: torch.Tensor) -> bool:
+    """Whether any is not 0, or might be: elsewhere than on a CPU to look is to wait."""
+    return of_rows.device.type != "cpu" or bool(of_rows.any())
 
 
 def add_rows(total: torch.Tensor, E: torch.Tensor, share: torch.Tensor) -> None:
-    """Adds share E to the total [classes], in float64: of a thousand rows, one after the other, float32 would lose a
-    digit, and of a million four. So it sums but SUMMED."""
+    """Adds share E to the total [classes], in float64: row after row, float32 would lose two digits of 2,000 rows, and
+    five of a million. So it sums but SUMMED."""
     whole = len(E) // SUMMED * SUMMED
     parts = torch.bmm(share[:whole].view(-1, 1, SUMMED), E[:whole].view(-1, SUMMED, E.shape[1]))
     total.add_(parts.sum((0, 1), dtype=total.dtype))
