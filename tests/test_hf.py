@@ -414,6 +414,16 @@ def test_predict_gives_each_text_its_own(near: SpanModel) -> None:
     assert near.predict([], a_tokenizer()) == []
 
 
+def test_predict_does_not_ask_the_default_device(near: SpanModel) -> None:
+    """With a choice among what windows found, which is made on the CPU."""
+    model = copy.deepcopy(near).eval()
+    model.config.decoding = {"non_overlapping": True}
+    texts, _ = corpus(3, 12)
+    expected = model.predict(texts, a_tokenizer(), max_length=12, stride=4)
+    with torch.device("meta"):
+        assert model.predict(texts, a_tokenizer(), max_length=12, stride=4) == expected != [[], [], []]
+
+
 @pytest.mark.parametrize("option", ["non_overlapping", "non_crossing", "one_label"])
 def test_choices_are_those_of_a_whole_text(option: str) -> None:
     """Not of a window: the best of all that was found."""
